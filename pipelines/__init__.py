@@ -1,0 +1,1 @@
+"""Denoising loops that need more than a processor, and the command line."""
