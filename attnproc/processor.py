@@ -79,13 +79,14 @@ class AttnProcessor:
         """Kept share of query-key pairs that `plan` will have on this layout, known without data. 1.0 = dense."""
         raise NotImplementedError
 
+    def check(self, layout: TokenLayout) -> None:
+        """Raises SettingsError if these settings cannot be used with a layout. Called as a run starts."""
+
     # -- warm-up -----------------------------------------------------------------------------------------------------
 
     def dense_step_count(self, total: int) -> tuple[int, int]:
         """Dense (first, last) steps of a run of `total` steps, as counts."""
-        first, last = (
-            n if _is_int(n) else (max(1, round(n * total)) if n > 0 else 0) for n in self.dense_steps
-        )
+        first, last = (n if _is_int(n) else (max(1, round(n * total)) if n > 0 else 0) for n in self.dense_steps)
         if first > total or last > total:
             raise SettingsError(
                 f"dense_steps={self.dense_steps} asks for {max(first, last)} dense steps, but the run has {total}; "
@@ -160,14 +161,18 @@ class AttnProcessor:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             method, settings = data["method"], dict(data["settings"])
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"settings file {path} cannot be read: {error}; give a file written by save().") from error
+            raise SettingsError(
+                f"settings file {path} cannot be read: {error}; give a file written by save()."
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise SettingsError(
                 f"settings file {path} is not a settings file ({error}); expected JSON written by save()."
             ) from error
         found = method_class(method)
         if not issubclass(found, cls):
-            raise SettingsError(f"settings file {path} is for {method!r}, not for {cls.name!r}; load it with that class.")
+            raise SettingsError(
+                f"settings file {path} is for {method!r}, not for {cls.name!r}; load it with that class."
+            )
         return found.from_settings(settings)
 
 
@@ -212,7 +217,9 @@ def _dense_layers(value: Any) -> int | tuple[int, ...]:
         return value
     if isinstance(value, tuple | list | set | frozenset | range) and all(_is_int(n) and n >= 0 for n in value):
         return tuple(sorted(value))
-    raise SettingsError(f"dense_layers={value!r} is not valid; give an int >= 0 (the first n) or a collection of layers.")
+    raise SettingsError(
+        f"dense_layers={value!r} is not valid; give an int >= 0 (the first n) or a collection of layers."
+    )
 
 
 def _nearest(word: str, known) -> str:

@@ -1,0 +1,161 @@
+"""Setting a processor on a pipeline or model and taking it off again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from attnproc.compat import registry_of
+from attnproc.context import HOOK_NAME, RunContext, Site, context_of, scheduler_of
+from attnproc.errors import SettingsError
+from attnproc.families import FAMILIES, family_of
+from attnproc.processor import AttnProcessor
+from attnproc.reports import Report, SiteStats, site_report
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def install(target: Any, processor: AttnProcessor, *, scheduler: Any = None) -> None:
+    """Sets a processor on every self- or joint attention of a pipeline's denoisers, or of a bare model.
+
+    A processor that was installed before is replaced. `pipe.attn_processor = processor` does the same.
+
+    Args:
+        target: a diffusers pipeline (also modular) or a denoiser model.
+        processor: settings; the same object may be installed on several targets.
+        scheduler: for a bare model, the scheduler whose `timesteps` tell the steps of a run.
+
+    Raises:
+        SettingsError: nothing on `target` can take the processor, or its settings do not fit the model.
+    """
+    if not isinstance(processor, AttnProcessor):
+        raise SettingsError(
+            f"processor is a {type(processor).__name__}; expected an attnproc processor such as RadialAttnProcessor(), "
+            "or None to take it off."
+        )
+    denoisers = _denoisers(target)
+    prepared = [(model, *_prepare(name, model, processor)) for name, model in denoisers.items()]
+    schedule = (lambda: scheduler) if isinstance(target, nn.Module) else scheduler_of(target)
+    for model, family, sites in prepared:
+        _uninstall(model)
+        context = RunContext(processor, family, schedule)
+        for name, module in sites:
+            site = family.site_for(module)
+            site._attention_backend = getattr(module.processor, "_attention_backend", None)
+            site._parallel_config = getattr(model, "_parallel_config", None)
+            context.sites.append(Site(name, module, module.processor, site, SiteStats()))
+            module.processor = site
+        context.bind()
+        registry_of(model).register_hook(context, HOOK_NAME)
+
+
+def uninstall(target: Any) -> None:
+    """Puts back the processors that were there before `install`. Does nothing where none is installed."""
+    for model in _denoisers(target).values():
+        _uninstall(model)
+
+
+@contextmanager
+def using(target: Any, processor: AttnProcessor, *, scheduler: Any = None) -> Iterator[None]:
+    """Installs a processor for a block of code; afterwards, also after an error, what was there before is back."""
+    before = [(model, context_of(model)) for model in _denoisers(target).values()]
+    install(target, processor, scheduler=scheduler)
+    try:
+        yield
+    finally:
+        for model, context in before:
+            _uninstall(model)
+            if context is not None:
+                install(model, context.processor)
+                context_of(model).scheduler = context.scheduler  # type: ignore[union-attr]
+
+
+def installed(target: Any) -> AttnProcessor | None:
+    """The processor that is installed on a pipeline or model, or None."""
+    contexts = [context_of(model) for model in _denoisers(target).values()]
+    return next((context.processor for context in contexts if context is not None), None)
+
+
+def report(target: Any) -> Report:
+    """What attention did in the last run of a pipeline or model: print it, or use `to_dict()`.
+
+    Raises:
+        SettingsError: no processor is installed.
+    """
+    settings, rows = {}, []
+    for name, model in _denoisers(target).items():
+        context = context_of(model)
+        if context is None:
+            continue
+        context.bind()
+        settings[name] = context.processor.to_dict()
+        rows += [site_report(name, site.name, context.processor.name, site.stats) for site in context.sites]
+    if not rows:
+        raise SettingsError(
+            f"nothing to report: no attnproc processor is installed on this {type(target).__name__}; "
+            "set one with `pipe.attn_processor = RadialAttnProcessor()`."
+        )
+    return Report(settings, rows)
+
+
+def _denoisers(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        return {"": target}
+    found = {name: getattr(target, name, None) for name in DENOISERS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    if not models:
+        raise SettingsError(
+            f"{type(target).__name__} has no denoiser; expected a diffusers pipeline with one of "
+            f"{', '.join(DENOISERS)}, or a model."
+        )
+    return models
+
+
+def _prepare(name: str, model: nn.Module, processor: AttnProcessor) -> tuple[Any, list[tuple[str, nn.Module]]]:
+    family = family_of(model)
+    sites = [] if family is None else list(family.sites(model))
+    if not sites:
+        raise SettingsError(
+            f"{name or 'the model'} is a {type(model).__name__}, in which no self-attention is known; expected one of "
+            f"{', '.join(m for f in FAMILIES for m in f.models)}, or a model with diffusers attention modules."
+        )
+    highest = (
+        processor.dense_layers
+        if isinstance(processor.dense_layers, int)
+        else max(processor.dense_layers, default=-1) + 1
+    )
+    if highest > len(sites):
+        raise SettingsError(
+            f"dense_layers={processor.dense_layers} names layer {highest - 1}, but {type(model).__name__} has "
+            f"{len(sites)} attention layers, counted from 0."
+        )
+    return family, sites
+
+
+def _uninstall(model: nn.Module) -> None:
+    context = context_of(model)
+    if context is None:
+        return
+    registry_of(model).remove_hook(HOOK_NAME, recurse=False)
+    for site in context.sites:
+        if isinstance(site.module.processor, context.family.site):  # what others set since then is theirs
+            site.module.processor = site.original
+
+
+def add_pipeline_property() -> None:
+    """Gives every diffusers pipeline, also modular ones, the property `attn_processor`."""
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    def getter(pipe: Any) -> AttnProcessor | None:
+        return installed(pipe) if any(getattr(pipe, name, None) is not None for name in DENOISERS) else None
+
+    def setter(pipe: Any, processor: AttnProcessor | None) -> None:
+        if processor is None:
+            uninstall(pipe)
+        else:
+            install(pipe, processor)
+
+    documented = property(getter, setter, doc="The attnproc processor of this pipeline; None takes it off.")
+    for pipeline_class in (DiffusionPipeline, ModularPipeline):
+        pipeline_class.attn_processor = documented  # type: ignore[union-attr]
