@@ -1,0 +1,83 @@
+"""A pool of encoded clips with their captions, on disk and growing, so that a transformer step never waits for the
+autoencoder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from .render import render
+from .scene import caption, sample_scene
+from .sizes import Size
+from .train_autoencoder import to_model
+from .training import autocast
+
+TEXT_LENGTH = 40  # positions that a training caption may take; the longest has 36 tokens
+
+
+def normalised(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+    """Latents (batch, channels, frames, height, width) with the mean and deviation of the vae's config taken out."""
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
+    std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
+    return (latents.float() - mean) / std
+
+
+class LatentPool:
+    """Chunks of clips in `folder`, each made from its own seed: chunk n is the same in every run.
+
+    A clip keeps three wordings of its caption; an epoch draws one of them.
+    """
+
+    def __init__(self, folder: Path, size: Size, vae: Any, tokenizer: Any, seed: int, device: torch.device):
+        self.folder, self.size, self.vae, self.tokenizer = folder, size, vae, tokenizer
+        self.seed, self.device = seed, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self.latents: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(len(chunk) for chunk in self.latents)
+
+    def grow(self, chunks: int, clips: int = 512) -> None:
+        """Loads or makes chunks until there are `chunks` of them."""
+        for number in range(len(self.latents), chunks):
+            path = self.folder / f"{number:04d}.pt"
+            if not path.exists():
+                torch.save(self._make(number, clips), path)
+            latents, tokens = torch.load(path, weights_only=True)
+            self.latents.append(latents)
+            self.tokens.append(tokens)
+
+    @torch.no_grad()
+    def _make(self, number: int, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = random.Random(f"{self.seed} latents {number}")
+        latents, tokens = [], []
+        batch = 16
+        for _ in range(0, clips, batch):
+            scenes = [sample_scene(rng) for _ in range(batch)]
+            video = np.stack([render(scene, self.size.pixels, self.size.frames) for scene in scenes])
+            with autocast(self.device, self.device.type == "cuda"):
+                mode = self.vae.encode(to_model(video).to(self.device)).latent_dist.mode()
+            latents.append(normalised(mode, self.vae).half().cpu())
+            wordings = [caption(scene, rng) for scene in scenes for _ in range(3)]
+            ids = self.tokenizer(wordings, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+            if int((ids != self.tokenizer.pad_token_id).sum(1).max()) >= TEXT_LENGTH:
+                raise ValueError(f"Got a caption of {TEXT_LENGTH} tokens or more. Raise TEXT_LENGTH.")
+            tokens.append(ids.view(batch, 3, TEXT_LENGTH).to(torch.int16))
+        return torch.cat(latents), torch.cat(tokens)
+
+    def batch(self, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random clips: latents float32 (count, channels, frames, height, width) and token ids (count, TEXT_LENGTH)."""
+        picks = []
+        for _ in range(count):
+            chunk = rng.randrange(len(self.latents))
+            picks.append((chunk, rng.randrange(len(self.latents[chunk])), rng.randrange(3)))
+        latents = torch.stack([self.latents[c][k] for c, k, _ in picks]).float()
+        tokens = torch.stack([self.tokens[c][k, w] for c, k, w in picks]).long()
+        return latents.to(self.device), tokens.to(self.device)

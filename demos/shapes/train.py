@@ -1,0 +1,38 @@
+"""python -m attnproc.demos.shapes.train autoencoder|transformer: trains the two halves of shapes-video.
+
+Both can be stopped at any time and go on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .sizes import SIZES
+from .training import pick_device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m attnproc.demos.shapes.train", description=__doc__)
+    parser.add_argument("part", choices=("autoencoder", "transformer"))
+    parser.add_argument("--size", choices=tuple(SIZES), default="cpu")
+    parser.add_argument("--steps", type=int, required=True, help="length of the whole run, resumed or not")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and previews")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    common = {"resume": args.resume, "seed": args.seed, "device": pick_device(args.device)}
+    if args.part == "autoencoder":
+        from .train_autoencoder import train_autoencoder
+
+        train_autoencoder(SIZES[args.size], args.steps, args.out, **common)
+    else:
+        from .train_transformer import train_transformer
+
+        train_transformer(SIZES[args.size], args.steps, args.out, **common)
+
+
+if __name__ == "__main__":
+    main()

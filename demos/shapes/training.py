@@ -1,0 +1,122 @@
+"""What both training runs share: checkpoints, averaged weights, the learning-rate curve, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device, or with "auto" the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(device: torch.device, enabled: bool = True) -> contextlib.AbstractContextManager:
+    """bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, floor: float = 0.02) -> float:
+    """Linear warm-up, then a half cosine down to `floor` times the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def step_rng(seed: int, step: int) -> random.Random:
+    """The randomness of one step: a resumed run draws what an uninterrupted one would have drawn."""
+    return random.Random(seed * 1_000_003 + step)
+
+
+class Average:
+    """Exponential moving average of parameters, with a shorter memory at the start."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module], decay: float):
+        self.modules, self.decay = modules, decay
+        self.shadow = {
+            name: {key: value.detach().clone() for key, value in module.state_dict().items()}
+            for name, module in modules.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                kept = self.shadow[name][key]
+                if value.is_floating_point():
+                    kept.lerp_(value, 1 - decay)
+                else:
+                    kept.copy_(value)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The modules hold the averaged weights inside this block."""
+        backup = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+        for name, module in self.modules.items():
+            module.load_state_dict(self.shadow[name])
+        try:
+            yield
+        finally:
+            for name, module in self.modules.items():
+                module.load_state_dict(backup[name])
+
+
+class Checkpoint:
+    """One file with everything needed to go on: weights, averages, optimizer, step."""
+
+    def __init__(self, path: Path, average: Average, optimizer: torch.optim.Optimizer):
+        self.path, self.average, self.optimizer = path, average, optimizer
+
+    def save(self, step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "weights": {name: module.state_dict() for name, module in self.average.modules.items()},
+            "average": self.average.shadow,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)  # never a half-written checkpoint under the real name
+
+    def load(self) -> int:
+        """Restores everything and returns the step to go on with."""
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, module in self.average.modules.items():
+            module.load_state_dict(state["weights"][name])
+            for key, value in state["average"][name].items():
+                self.average.shadow[name][key].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+
+class Log:
+    """Appends lines to a file and prints them; measures the seconds per step between them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last: tuple[int, float] | None = None
+
+    def line(self, text: str) -> None:
+        stamped = f"{time.strftime('%H:%M:%S')} {text}"
+        print(stamped, flush=True)
+        with self.path.open("a") as file:
+            file.write(stamped + "\n")
+
+    def progress(self, step: int, steps: int, values: Iterable[tuple[str, float]]) -> None:
+        now = time.monotonic()
+        pace = (now - self.last[1]) / (step - self.last[0]) if self.last and step > self.last[0] else float("nan")
+        self.last = (step, now)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in values)
+        self.line(f"step {step}/{steps} {shown} {pace:.3f} s/step, {pace * (steps - step) / 60:.0f} min left")
