@@ -83,10 +83,10 @@ class RadialAttnProcessor(AttnProcessor):
                 AttnProcWarning,
                 stacklevel=3,
             )
-        if self._rule()["decay_factor"] > LARGE_DECAY:
+        if self.decay_factor is not None and self.decay_factor > LARGE_DECAY:
             warnings.warn(
                 f"RadialAttnProcessor with decay_factor={self.decay_factor} keeps almost everything; expected are "
-                f"0.2 to 2.0. Read predicted_density(layout) to see what it keeps.",
+                "0.2 to 2.0. Read predicted_density(layout) to see what it keeps.",
                 AttnProcWarning,
                 stacklevel=3,
             )
@@ -98,11 +98,23 @@ class RadialAttnProcessor(AttnProcessor):
         if key not in call.cache:
             decided = self._decide(call.layout)
             call.cache[key] = decided if isinstance(decided, Dense) else decided.to(device)
-        decided = call.cache[key]
+        decided, valid = call.cache[key], call.layout.key_valid
         if isinstance(decided, Dense):
             return decided
-        valid = call.layout.key_valid
-        return Plan(decided if valid is None else decided.with_key_valid(valid))
+        if valid is None:
+            return Plan(decided)
+        # All layers of a step have the same padding: sharing one mask also shares what backends derive from it.
+        lengths = valid.tolist()
+        known, mask = call.cache.get((key, "padded"), (None, None))
+        if known != lengths:
+            mask = decided.with_key_valid(valid)
+            call.cache[key, "padded"] = lengths, mask
+        return Plan(mask)
+
+    def check(self, layout: TokenLayout) -> None:
+        frames, per_frame, _, size = self._geometry(layout)
+        if self.alignment == "reference" and frames > 1:
+            _check_whole_blocks(frames, per_frame, size)
 
     def mask(self, layout: TokenLayout) -> BlockMask:
         """The mask of a layout on the CPU, also where `plan` prefers dense attention; all text counted as valid."""
@@ -311,9 +323,9 @@ def _global_blocks(widths: np.ndarray, tokens_per_frame: int, block_size: int) -
         row, first, last = pieces.where((pieces.frame == i) & (parts[pieces.block] == 1))
         if len(row):
             blocks[row] = keep(*_seen(first, last, width[pieces.frame], (last - first + 1) // 3 + 1, pieces))
-    for row in np.flatnonzero(parts > 1):
-        segments = slice(pieces.starts[row], pieces.starts[row] + parts[row])
-        blocks[row] = keep(*_seen_by_several(pieces, segments, widths))
+    for mixed in np.flatnonzero(parts > 1):
+        segments = slice(pieces.starts[mixed], pieces.starts[mixed] + parts[mixed])
+        blocks[mixed] = keep(*_seen_by_several(pieces, segments, widths))
     np.fill_diagonal(blocks, True)
     return blocks
 
@@ -326,10 +338,9 @@ def _seen_by_several(pieces: _Pieces, segments: slice, widths: np.ndarray) -> tu
     query_frames = pieces.frame[segments]
     classes, which = np.unique(widths[query_frames].T, axis=0, return_inverse=True)
     position = np.arange(int(pieces.last.max()) + 1, dtype=np.int32)
-    queries = np.zeros((len(classes), len(position)), dtype=np.int32)
-    for n, (first, last) in enumerate(zip(pieces.first[segments], pieces.last[segments], strict=True)):
-        width = classes[:, n, None]
-        queries += np.maximum(np.minimum(last, position + width) - np.maximum(first, position - width) + 1, 0)
+    low, high = position - classes[..., None], position + classes[..., None]  # (classes, segments, positions)
+    first, last = pieces.first[segments, None], pieces.last[segments, None]
+    queries = np.maximum(np.minimum(last, high) - np.maximum(first, low) + 1, 0).sum(axis=1)
     size = int((pieces.last[segments] - pieces.first[segments] + 1).sum())
     which = which.reshape(-1)[pieces.frame]
 
