@@ -9,6 +9,7 @@ from attnproc._checkout import link_checkout
 link_checkout()
 
 from attnproc.errors import AttnProcError, AttnProcWarning, SettingsError, UnsupportedError  # noqa: E402
+from attnproc.estimation import Estimate, estimate  # noqa: E402
 from attnproc.installation import (  # noqa: E402
     add_pipeline_property,
     install,
@@ -27,10 +28,12 @@ __all__ = [
     "AttnProcWarning",
     "AttnProcessor",
     "DenseAttnProcessor",
+    "Estimate",
     "Report",
     "SettingsError",
     "UnsupportedError",
     "__version__",
+    "estimate",
     "install",
     "installed",
     "report",
