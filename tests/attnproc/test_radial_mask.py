@@ -30,7 +30,7 @@ def token_mask(frames, s, block, decay, sink, adjacent=1.0, limit=128):
             d = abs(i - j)
             length = Fraction(2 ** s.bit_length(), 2 ** d.bit_length())
             kept = length >= limit or d % int(limit / length) == 0
-            half = [s, Fraction(adjacent) * s, max(block, length * Fraction(decay))][min(d, 2)]
+            half = [s, adjacent * s, max(block, length * Fraction(decay))][min(d, 2)]
             mask[i, :, j] = kept and distance <= int(half)
             if j < sink:
                 mask[i, :, j] = True
