@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 
 from .render import render
-from .scene import caption, sample_scene
+from .scene import Scene, caption, sample_scene
 from .sizes import Size
 from .train_autoencoder import to_model
-from .training import autocast
+from .training import Shards, autocast
 
 TEXT_LENGTH = 40  # positions that a training caption may take; the longest has 36 tokens
 
 
-def normalised(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     """Latents (batch, channels, frames, height, width) with the mean and deviation of the vae's config taken out."""
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
@@ -36,6 +35,7 @@ class LatentPool:
 
     def __init__(self, folder: Path, size: Size, vae: Any, tokenizer: Any, seed: int, device: torch.device):
         self.folder, self.size, self.vae, self.tokenizer = folder, size, vae, tokenizer
+        self.shards = Shards((vae,), device)
         self.seed, self.device = seed, device
         folder.mkdir(parents=True, exist_ok=True)
         self.latents: list[torch.Tensor] = []
@@ -54,23 +54,28 @@ class LatentPool:
             self.latents.append(latents)
             self.tokens.append(tokens)
 
-    @torch.no_grad()
     def _make(self, number: int, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = random.Random(f"{self.seed} latents {number}")
-        latents, tokens = [], []
-        batch = 16
-        for _ in range(0, clips, batch):
-            scenes = [sample_scene(rng) for _ in range(batch)]
-            video = np.stack([render(scene, self.size.pixels, self.size.frames) for scene in scenes])
+        scenes = [sample_scene(rng) for _ in range(clips)]
+        share = -(-clips // self.shards.count)
+        parts = [(scenes[k : k + share],) for k in range(0, clips, share)]
+        latents = torch.cat(self.shards.map(self._encode, parts))
+        wordings = [caption(scene, rng) for scene in scenes for _ in range(3)]
+        ids = self.tokenizer(wordings, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+        if int((ids != self.tokenizer.pad_token_id).sum(1).max()) >= TEXT_LENGTH:
+            raise ValueError(f"Got a caption of {TEXT_LENGTH} tokens or more. Raise TEXT_LENGTH.")
+        return latents, ids.view(clips, 3, TEXT_LENGTH).to(torch.int16)
+
+    @torch.no_grad()
+    def _encode(self, modules: Any, scenes: list[Scene]) -> torch.Tensor:
+        batch = 8 if self.device.type == "cpu" else 64
+        latents = []
+        for first in range(0, len(scenes), batch):
+            clips = [render(scene, self.size.pixels, self.size.frames) for scene in scenes[first : first + batch]]
             with autocast(self.device, self.device.type == "cuda"):
-                mode = self.vae.encode(to_model(video).to(self.device)).latent_dist.mode()
+                mode = modules[0].encode(to_model(np.stack(clips)).to(self.device)).latent_dist.mode()
             latents.append(normalised(mode, self.vae).half().cpu())
-            wordings = [caption(scene, rng) for scene in scenes for _ in range(3)]
-            ids = self.tokenizer(wordings, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
-            if int((ids != self.tokenizer.pad_token_id).sum(1).max()) >= TEXT_LENGTH:
-                raise ValueError(f"Got a caption of {TEXT_LENGTH} tokens or more. Raise TEXT_LENGTH.")
-            tokens.append(ids.view(batch, 3, TEXT_LENGTH).to(torch.int16))
-        return torch.cat(latents), torch.cat(tokens)
+        return torch.cat(latents)
 
     def batch(self, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random clips: latents float32 (count, channels, frames, height, width) and token ids (count, TEXT_LENGTH)."""

@@ -100,7 +100,7 @@ def _draw(video: np.ndarray, item: Object, progress: np.ndarray, axis: np.ndarra
     sharpness = item.radius / pixel
     distance = signed_distance(item.look.shape, x, y)
     cover = np.clip(0.5 - distance * sharpness, 0.0, 1.0)[..., None]
-    paint = np.asarray(COLORS[item.look.color], np.float32)
+    paint: np.ndarray = np.asarray(COLORS[item.look.color], np.float32)
     if item.look.second_color is not None:
         wave = second_color_wave(item.look.texture, x, y)
         inside = np.clip(0.5 - (distance + RIM) * sharpness, 0.0, 1.0)

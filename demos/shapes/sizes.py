@@ -58,7 +58,7 @@ SIZES = {
         ffn_dim=512,
         text_dim=96,
         text_layers=2,
-        batch=32,
+        batch=24,
     ),
     "gpu": Size(
         pixels=128,

@@ -39,7 +39,6 @@ def build_text_encoder(width: int, layers: int) -> UMT5EncoderModel:
         relative_attention_max_distance=64,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
     )

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformer3DModel
 
 from .latent_pool import TEXT_LENGTH, LatentPool
 from .sizes import Size
 from .text import build_text_encoder, build_tokenizer
-from .training import Average, Checkpoint, Log, autocast, learning_rate, step_rng
+from .training import Average, Checkpoint, Log, Shards, autocast, learning_rate, step_rng
 
 PIPELINE_TEXT_LENGTH = 512  # WanPipeline pads prompt embeddings with zeros to this length and attends to all of them
 SHIFT = 3.0  # moves the noise levels of training and sampling towards pure noise
 CAPTION_DROPOUT = 0.1
 MATRIX_RATE, OTHER_RATE = 2e-3, 1e-3
+FIRST_CHUNKS, CHUNK_EVERY = 6, 250  # chunks of encoded clips at the start, and steps between two new ones
 
 
 def build_transformer(size: Size) -> WanTransformer3DModel:
@@ -68,7 +72,8 @@ class Optimizers:
     """Muon for the matrices of the blocks, AdamW for everything else, behind one face."""
 
     def __init__(self, transformer: torch.nn.Module, encoder: torch.nn.Module):
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, parameter in transformer.named_parameters():
             inside = name.startswith("blocks.") and parameter.ndim == 2
             (matrices if inside else others).append(parameter)
@@ -96,14 +101,13 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def flow_loss(
-    transformer: Any, text: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def flow_loss(transformer: Any, text: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Mean squared error of the predicted velocity (noise - latents) at random noise levels, stratified in a batch."""
     count = len(latents)
-    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    sigma = (SHIFT * uniform / (1 + (SHIFT - 1) * uniform)).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    device = latents.device
+    uniform = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = transformer(noisy, sigma * 1000, text, return_dict=False)[0]
@@ -132,24 +136,27 @@ def train_transformer(
     count = sum(p.numel() for p in optimizers.parameters)
     log.line(f"transformer and text encoder: {count} parameters, from step {start}")
     pool = LatentPool(out / "latents", size, vae, tokenizer, seed, device)
-    generator = torch.Generator()
+    shards = Shards((transformer, encoder), device)
+    empty = torch.tensor(tokenizer("").input_ids + [tokenizer.pad_token_id] * (TEXT_LENGTH - 1), device=device)
+
+    def denoise(modules, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> tuple[float]:
+        with autocast(device):
+            text = encode_text(modules[1], tokens, tokenizer.pad_token_id)
+            loss = flow_loss(modules[0], text, latents, generator)
+        (loss / shards.count).backward()
+        return (loss.item(),)
+
     sums = torch.zeros(2)
     for step in range(start, steps):
-        # One new chunk of clips per 50 steps, beyond the first 8: no clip is seen more than a few times.
-        pool.grow(8 + step // 50)
+        pool.grow(FIRST_CHUNKS + step // CHUNK_EVERY)
         rng = step_rng(seed, step)
         latents, tokens = pool.batch(rng, size.batch)
         dropped = [rng.random() < CAPTION_DROPOUT for _ in range(len(tokens))]
-        empty = torch.tensor(tokenizer("").input_ids + [tokenizer.pad_token_id] * (TEXT_LENGTH - 1), device=device)
         tokens[torch.tensor(dropped, device=device)] = empty
-        generator.manual_seed(seed * 1_000_003 + step)
-        with autocast(device):
-            text = encode_text(encoder, tokens, tokenizer.pad_token_id)
-            loss = flow_loss(transformer, text, latents, generator)
-        loss.backward()
+        [loss] = shards.gradient(denoise, (latents, tokens), seed * 1_000_003 + step)
         optimizers.step(learning_rate(step, steps, 1.0))
         average.update(step)
-        sums += torch.tensor([loss.item(), 1.0])
+        sums += torch.tensor([loss, 1.0])
         if step % 20 == 0:
             log.progress(step, steps, [("loss", float(sums[0] / sums[1]))])
             sums.zero_()
@@ -157,18 +164,22 @@ def train_transformer(
             checkpoint.save(step + 1)
             with average.applied():
                 save_pipeline(out / "pipeline", tokenizer, encoder, vae, transformer)
+            facts = {"steps": step + 1, "batch": size.batch, "clips": len(pool), "seed": seed, "pixels": size.pixels}
+            (out / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     return WanPipeline.from_pretrained(out / "pipeline")
 
 
 def save_pipeline(path: Path, tokenizer: Any, encoder: Any, vae: Any, transformer: Any) -> None:
-    """Writes a float16 WanPipeline that plain `from_pretrained` loads."""
-    pipe = WanPipeline(
+    """Writes a WanPipeline with float16 weights that plain `from_pretrained` loads."""
+    pipe: Any = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=vae,
-        transformer=transformer,
+        text_encoder=copy.deepcopy(encoder),
+        vae=copy.deepcopy(vae),
+        transformer=copy.deepcopy(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     )
-    use_short_text(transformer, False)
+    use_short_text(pipe.transformer, False)
+    # The text encoder stays in float32: transformers would compute in whatever type it finds in the file.
+    for part in (pipe.vae, pipe.transformer):
+        part.half()
     pipe.save_pretrained(path)
-    use_short_text(transformer, True)
