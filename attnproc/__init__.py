@@ -11,7 +11,7 @@ link_checkout()
 from attnproc.errors import AttnProcError, AttnProcWarning, SettingsError, UnsupportedError  # noqa: E402
 from attnproc.estimation import Estimate, estimate  # noqa: E402
 from attnproc.installation import (  # noqa: E402
-    add_pipeline_property,
+    add_to_pipelines,
     install,
     installed,
     report,
@@ -41,4 +41,4 @@ __all__ = [
     "using",
 ]
 
-add_pipeline_property()
+add_to_pipelines()

@@ -12,7 +12,6 @@ from attnproc.errors import UnsupportedError
 
 try:
     from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
-    from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
     from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_dispatch import (
@@ -26,27 +25,8 @@ except ImportError as error:  # pragma: no cover - depends on the installed vers
         "expected. Install diffusers>=0.42,<0.43."
     ) from error
 
-__all__ = [
-    "BaseState",
-    "ModelHook",
-    "StateManager",
-    "attention_modules",
-    "dense_attention",
-    "parallel_degree",
-    "register_skippable",
-    "registry_of",
-    "run_ulysses",
-    "score_skip_active",
-    "ulysses",
-]
 
-
-def registry_of(model: nn.Module) -> HookRegistry:
-    """The hook registry of a model; an empty one is made where there is none, as diffusers does."""
-    return HookRegistry.check_if_exists_or_initialize(model)
-
-
-def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All attention modules of a model that hold a processor, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, Attention | MochiAttention | AttentionModuleMixin):
@@ -84,7 +64,7 @@ def ulysses(parallel_config: Any) -> bool:
 
 def parallel_degree(parallel_config: Any) -> int:
     """Ranks that share the tokens of one sequence."""
-    config = parallel_config.context_parallel_config
+    config = None if parallel_config is None else parallel_config.context_parallel_config
     return 1 if config is None else config.ring_degree * config.ulysses_degree
 
 
@@ -124,3 +104,24 @@ def score_skip_active() -> bool:
 def register_skippable(processor: type, skipped_output: Callable[..., Any]) -> None:
     """Tells diffusers' layer skipping what `processor` returns when its attention is skipped."""
     AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip_processor_output_fn=skipped_output))
+
+
+def register_skippable_as(processor: type, stock: type) -> None:
+    """Layer skipping treats `processor` as it treats `stock`; nothing where diffusers does not know `stock` either."""
+    try:
+        metadata = AttentionProcessorRegistry.get(stock)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(processor, metadata)
+
+
+def skipped_video(attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a skipped self-attention returns."""
+    return hidden_states
+
+
+def skipped_joint(
+    attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """What a skipped joint attention over video and text returns."""
+    return hidden_states, encoder_hidden_states

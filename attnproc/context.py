@@ -1,16 +1,16 @@
-"""The run context: one hook on a denoiser that knows step, branch and latent grid of every call."""
+"""The run context: what every attention site of one denoiser knows about step, branch and latent grid of a call."""
 
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attnproc.compat import BaseState, ModelHook, StateManager, registry_of
 from attnproc.errors import AttnProcWarning, UnsupportedError
 from attnproc.layout import Grid, Step
 from attnproc.processor import AttnProcessor
@@ -19,11 +19,11 @@ from attnproc.reports import SiteStats
 if TYPE_CHECKING:
     from attnproc.families.base import Family, SiteProcessor
 
-HOOK_NAME = "attnproc_context"
+ATTRIBUTE = "_attnproc_context"
 # Guiders name their branches after their own inputs; methods see the two names every pipeline uses.
 BRANCHES = {"pred_cond": "cond", "pred_uncond": "uncond"}
-# Timesteps run from 1000 to 0 and may reach the model rounded to bfloat16.
-TIMESTEP_TOLERANCE = 10.0
+# A timestep may reach the model rounded to bfloat16, which keeps 8 binary digits.
+TIMESTEP_TOLERANCE = 2.0**-7
 
 
 @dataclass(eq=False)
@@ -31,33 +31,36 @@ class Site:
     """One attention module that a processor was set on."""
 
     name: str
-    module: nn.Module
+    module: Any
     original: Any
     processor: "SiteProcessor"
     stats: SiteStats
 
 
-class RunContext(ModelHook):
-    """Hook on the root of one denoiser; all its sites read from here, and nobody counts calls.
+class RunContext:
+    """Watches the calls of one denoiser; all its sites read from here, and nobody counts calls.
 
-    A run starts when the step index falls, when step 0 of a branch is seen again, or when the scheduler got new
-    timesteps, whatever ended the run before it (completion, an exception, an interrupt).
+    It listens with a forward pre-hook of the module and to `cache_context`, in which pipelines name the branch. Both
+    survive what offloading does to `forward`, and a deep copy of the model gets a context of its own.
+
+    A pipeline says when its denoising loop begins and ends. Where there is no pipeline, a run starts when the step
+    index falls, when step 0 of a branch is seen again, or when the scheduler got new timesteps.
     """
 
-    _is_stateful = True
-
     def __init__(self, processor: AttnProcessor, family: "Family", scheduler: Callable[[], Any]):
-        super().__init__()
         self.processor = processor
         self.family = family
         self.scheduler = scheduler
         self.sites: list[Site] = []
         self.step = Step(0, None, "call0", None)
         self.cache: dict[Any, Any] = {}
-        self.contexts = StateManager(BaseState)  # type: ignore[arg-type]  # diffusers delivers its CacheContext to state managers of hooks
         self._states: dict[tuple[int, str], dict[Any, Any]] = {}
         self._warned: set[str] = set()
+        self._named: tuple[str, dict[str, Any]] | None = None
+        self._in_pipeline = False
+        self._place = self._first = 0
         self._start_over()
+        self._ended = True
 
     # -- what the sites use ------------------------------------------------------------------------------------------
 
@@ -79,20 +82,38 @@ class RunContext(ModelHook):
                 stacklevel=2,
             )
 
-    # -- hook --------------------------------------------------------------------------------------------------------
+    # -- listening to a model ----------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Starts listening to a denoiser."""
+        setattr(model, ATTRIBUTE, self)
+        self._hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        if hasattr(model, "cache_context"):
+            self._model_cache_context: Any = model.cache_context
+            model.cache_context = self.cache_context  # type: ignore[assignment]
+
+    def detach(self, model: nn.Module) -> None:
+        """Stops listening; the model is as it was before `attach`."""
+        self._hook.remove()
+        vars(model).pop("cache_context", None)
+        delattr(model, ATTRIBUTE)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """Stands before the model's own `cache_context`, to learn the branch and, in some pipelines, the step."""
+        self._named = name, kwargs
+        try:
+            with self._model_cache_context(name, **kwargs):
+                yield
+        finally:
+            self._named = None
 
     @torch.compiler.disable
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Brings step, branch and grid up to date for a call of the denoiser."""
         self.bind()
         arguments = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
         self._advance(self.family.timestep(arguments), self.family.grid(module, arguments))
-        return args, kwargs
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers when a pipeline call ends: what methods remember is freed, the report stays."""
-        self._states.clear()
-        self._ended = True
-        return module
 
     def bind(self) -> None:
         """Gives every site of ours its context; sites that diffusers rebuilt (IP-Adapter) are found here."""
@@ -111,7 +132,17 @@ class RunContext(ModelHook):
                     stacklevel=2,
                 )
 
-    # -- step tracking -----------------------------------------------------------------------------------------------
+    # -- runs and steps ----------------------------------------------------------------------------------------------
+
+    def begin(self, scheduler: Callable[[], Any]) -> None:
+        """A pipeline enters its denoising loop."""
+        self.scheduler = scheduler
+        self._in_pipeline = self._ended = True
+
+    def end(self) -> None:
+        """A pipeline left its denoising loop, whatever the cause: what methods remember is freed, the report stays."""
+        self._states.clear()
+        self._in_pipeline, self._ended = False, True
 
     def _start_over(self) -> None:
         self._states.clear()
@@ -121,33 +152,38 @@ class RunContext(ModelHook):
         self._timesteps: Tensor | None = None
         self._ended = False
         for site in self.sites:
-            site.stats.clear()
+            site.stats = SiteStats(replaced=site.stats.replaced)
 
-    def _advance(self, timestep: Tensor | None, grid: Grid | None) -> None:
-        named = self.contexts._context
+    def _advance(self, timestep: Any, grid: Grid | None) -> None:
+        name, facts = self._named or (None, {})
         timesteps = getattr(self.scheduler(), "timesteps", None)
         fresh = self._ended or (self._timesteps is not None and timesteps is not self._timesteps)
         value = total = None
-        if named is not None and named.step_index is not None:
-            index, total = int(named.step_index), named.num_inference_steps
+        if facts.get("step_index") is not None:
+            index, total = int(facts["step_index"]), facts.get("num_inference_steps")
         elif timestep is None:
             raise UnsupportedError(
                 f"{self.family.name} was called without a timestep, so the step of the run is not known; "
                 "pass `timestep` to the model as diffusers' pipelines do."
             )
         else:
-            value = float(timestep.float().max())  # tokens that are given (TI2V) have timestep 0
+            value = float(torch.as_tensor(timestep).float().max())  # tokens that are given (TI2V) have timestep 0
             place = _position(value, timesteps)
-            if place is None:  # bare model: calls with one timestep are one step, a larger one starts a new run
+            if place is None:  # bare model: calls with one timestep are one step, one further back starts a new run
                 last = self._value
-                again = last is None or value > last
+                again = last is None or (value < last if self.family.timesteps_rise else value > last)
                 fresh = fresh or again
                 index = 0 if again else self._index + int(value != last)
             else:  # image- and video-to-video start in the middle of the schedule
-                begin = getattr(self.scheduler(), "begin_index", None) or 0
-                index, total = max(0, place - begin), len(timesteps) - begin  # type: ignore[arg-type]
-        branch = None if named is None else BRANCHES.get(named.name, named.name)
-        if fresh or index < self._index or (index == self._index == 0 and branch in self._seen):
+                assert timesteps is not None
+                if fresh or place < self._place:
+                    self._first = place
+                begin = getattr(self.scheduler(), "begin_index", self._first) or 0  # some schedulers have none
+                index, total = max(0, place - begin), len(timesteps) - begin
+                self._place = place
+        branch = None if name is None else BRANCHES.get(name, name)
+        repeated = index == self._index == 0 and branch in self._seen and not self._in_pipeline
+        if fresh or index < self._index or repeated:
             self._start_over()
         if index != self._index:
             self._seen.clear()
@@ -162,7 +198,7 @@ class RunContext(ModelHook):
 
 def context_of(model: nn.Module) -> RunContext | None:
     """The run context that is installed on a denoiser, or None."""
-    return registry_of(model).get_hook(HOOK_NAME)  # type: ignore[return-value]
+    return vars(model).get(ATTRIBUTE)
 
 
 def scheduler_of(owner: Any) -> Callable[[], Any]:
@@ -177,7 +213,7 @@ def _position(value: float, timesteps: Tensor | None) -> int | None:
         return None
     distance = (timesteps.detach().float().cpu() - value).abs()
     nearest = int(distance.argmin())
-    return nearest if float(distance[nearest]) <= TIMESTEP_TOLERANCE else None
+    return nearest if float(distance[nearest]) <= TIMESTEP_TOLERANCE * abs(value) else None
 
 
 def _parameters(model_class: Any) -> list[str]:

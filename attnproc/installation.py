@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from attnproc.compat import registry_of
-from attnproc.context import HOOK_NAME, RunContext, Site, context_of, scheduler_of
+from attnproc.context import RunContext, Site, context_of, scheduler_of
 from attnproc.errors import SettingsError
-from attnproc.families import FAMILIES, family_of
+from attnproc.families import family_of
+from attnproc.families.base import Family
 from attnproc.processor import AttnProcessor
 from attnproc.reports import Report, SiteStats, site_report
 
@@ -40,14 +43,12 @@ def install(target: Any, processor: AttnProcessor, *, scheduler: Any = None) -> 
     for model, family, sites in prepared:
         _uninstall(model)
         context = RunContext(processor, family, schedule)
-        for name, module in sites:
-            site = family.site_for(module)
-            site._attention_backend = getattr(module.processor, "_attention_backend", None)
-            site._parallel_config = getattr(model, "_parallel_config", None)
-            context.sites.append(Site(name, module, module.processor, site, SiteStats()))
+        for site_name, module in sites:
+            site = family.site_for(model, module)
+            context.sites.append(Site(site_name, module, module.processor, site, SiteStats()))
             module.processor = site
         context.bind()
-        registry_of(model).register_hook(context, HOOK_NAME)
+        context.attach(model)
 
 
 def uninstall(target: Any) -> None:
@@ -101,8 +102,8 @@ def report(target: Any) -> Report:
 
 def _denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
-        return {"": target}
-    found = {name: getattr(target, name, None) for name in DENOISERS}
+        return {"": unwrap_module(target)}
+    found = {name: unwrap_module(getattr(target, name, None)) for name in DENOISERS}
     models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
     if not models:
         raise SettingsError(
@@ -112,13 +113,13 @@ def _denoisers(target: Any) -> dict[str, nn.Module]:
     return models
 
 
-def _prepare(name: str, model: nn.Module, processor: AttnProcessor) -> tuple[Any, list[tuple[str, nn.Module]]]:
+def _prepare(name: str, model: nn.Module, processor: AttnProcessor) -> tuple[Family, list[tuple[str, Any]]]:
     family = family_of(model)
-    sites = [] if family is None else list(family.sites(model))
+    sites = list(family.sites(model))
     if not sites:
         raise SettingsError(
-            f"{name or 'the model'} is a {type(model).__name__}, in which no self-attention is known; expected one of "
-            f"{', '.join(m for f in FAMILIES for m in f.models)}, or a model with diffusers attention modules."
+            f"{name or 'the model'} is a {type(model).__name__} without self-attention in diffusers attention modules; "
+            "expected a diffusers denoiser such as WanTransformer3DModel. Leave attnproc off for this one."
         )
     highest = (
         processor.dense_layers
@@ -137,15 +138,18 @@ def _uninstall(model: nn.Module) -> None:
     context = context_of(model)
     if context is None:
         return
-    registry_of(model).remove_hook(HOOK_NAME, recurse=False)
+    context.detach(model)
     for site in context.sites:
         if isinstance(site.module.processor, context.family.site):  # what others set since then is theirs
             site.module.processor = site.original
 
 
-def add_pipeline_property() -> None:
-    """Gives every diffusers pipeline, also modular ones, the property `attn_processor`."""
-    from diffusers import DiffusionPipeline, ModularPipeline
+def add_to_pipelines() -> None:
+    """Gives every diffusers pipeline, also modular ones, the property `attn_processor`, and learns when runs end.
+
+    Nothing else tells of a run that ended in an error: diffusers' own clean-up is not reached then. A pipeline on
+    which no processor was set is not affected.
+    """
 
     def getter(pipe: Any) -> AttnProcessor | None:
         return installed(pipe) if any(getattr(pipe, name, None) is not None for name in DENOISERS) else None
@@ -156,6 +160,52 @@ def add_pipeline_property() -> None:
         else:
             install(pipe, processor)
 
-    documented = property(getter, setter, doc="The attnproc processor of this pipeline; None takes it off.")
-    for pipeline_class in (DiffusionPipeline, ModularPipeline):
-        pipeline_class.attn_processor = documented  # type: ignore[union-attr]
+    ordinary: Any = DiffusionPipeline
+    modular: Any = ModularPipeline
+    if not hasattr(ordinary, "attn_processor"):
+        documented = property(getter, setter, doc="The attnproc processor of this pipeline; None takes it off.")
+        ordinary.attn_processor = modular.attn_processor = documented
+        ordinary.progress_bar = _with_loop_bounds(ordinary.progress_bar)
+        modular.__call__ = _with_call_bounds(modular.__call__)
+
+
+def _with_loop_bounds(progress_bar: Any) -> Any:
+    """Every denoising loop runs inside the pipeline's progress bar, which is closed on each way out of the loop."""
+
+    @wraps(progress_bar)
+    def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        bar = progress_bar(pipe, *args, **kwargs)
+        contexts, close = _contexts(pipe), bar.close
+        for context in contexts:
+            context.begin(scheduler_of(pipe))
+
+        def close_and_end() -> None:
+            close()
+            for context in contexts:
+                context.end()
+
+        if contexts:
+            bar.close = close_and_end
+        return bar
+
+    return bounded
+
+
+def _with_call_bounds(call: Any) -> Any:
+    @wraps(call)
+    def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        contexts = _contexts(pipe)
+        for context in contexts:
+            context.begin(scheduler_of(pipe))
+        try:
+            return call(pipe, *args, **kwargs)
+        finally:
+            for context in contexts:
+                context.end()
+
+    return bounded
+
+
+def _contexts(pipe: Any) -> list[RunContext]:
+    models = (unwrap_module(getattr(pipe, name, None)) for name in DENOISERS)
+    return [context for model in models if isinstance(model, nn.Module) and (context := context_of(model))]

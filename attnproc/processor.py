@@ -129,7 +129,8 @@ class AttnProcessor:
                 raise SettingsError(
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known)}." + _nearest(key, known)
                 )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -183,6 +184,9 @@ class DenseAttnProcessor(AttnProcessor):
     name: ClassVar[str] = "dense"
     dense_steps: Any = field(default=0)
     dense_layers: Any = field(default=0)
+
+    def is_dense_step(self, step: Step) -> bool:
+        return True  # asked for, so never reported as a fallback
 
     def plan(self, call: AttentionCall) -> Plan | Dense:
         return Dense()

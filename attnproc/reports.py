@@ -1,5 +1,7 @@
 """What happened in the last run: per layer method, density, dense and sparse calls, fallbacks, time."""
 
+import dataclasses
+import io
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,9 +26,9 @@ class SiteStats:
     _seconds: dict[str, float] = field(default_factory=lambda: {"planning": 0.0, "attention": 0.0})
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
-    def clear(self) -> None:
-        """Forgets the last run."""
-        self.__init__(replaced=self.replaced)  # type: ignore[misc]
+    def __deepcopy__(self, memo: dict) -> "SiteStats":
+        """A copy of a model starts with an empty report; CUDA events cannot be copied."""
+        return SiteStats(replaced=self.replaced)
 
     @contextmanager
     def timed(self, what: str, device: torch.device) -> Iterator[None]:
@@ -117,7 +119,7 @@ class Report:
             "sparse_density": self.sparse_density,
             "attention_seconds": self.attention_seconds,
             "fallbacks": self.fallbacks,
-            "sites": [vars(site) for site in self.sites],
+            "sites": [dataclasses.asdict(site) for site in self.sites],
         }
 
     def table(self) -> Table:
@@ -146,17 +148,9 @@ class Report:
         return table
 
     def __repr__(self) -> str:
-        console = Console(width=160, record=True, file=_Nowhere())
-        console.print(self.table())
-        return console.export_text()
-
-
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+        text = io.StringIO()
+        Console(width=160, file=text).print(self.table())
+        return text.getvalue()
 
 
 def site_report(denoiser: str, name: str, method: str, stats: SiteStats) -> SiteReport:

@@ -1,22 +1,22 @@
 """What all model families share: the processor that sits on one attention module, and what a family must say."""
 
-import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnproc import compat
 from attnproc.kernels import block_sparse_attention
 from attnproc.layout import AttentionCall, Grid, TokenLayout
-from attnproc.processor import Dense, Plan
+from attnproc.processor import Dense
 
 if TYPE_CHECKING:
-    from attnproc.context import RunContext
+    from attnproc.context import RunContext, Site
 
 
 class SiteProcessor:
@@ -41,7 +41,9 @@ class SiteProcessor:
         self._bound[int(self.key)] = self
 
     def __deepcopy__(self, memo: dict) -> "SiteProcessor":
-        return type(self)()
+        copied = type(self)()  # the copied context binds it
+        copied._attention_backend, copied._parallel_config = self._attention_backend, self._parallel_config
+        return copied
 
     def bind(self, context: "RunContext", layer: int) -> None:
         """Connects to the run context of the denoiser as its `layer`-th site."""
@@ -86,32 +88,121 @@ class SiteProcessor:
         text_tokens: int,
         text_first: bool,
     ) -> Tensor:
-        if self.context is None:
-            return self._dense(query, key, value, attention_mask)
-        site = self.context.sites[self.layer]
-        ordered: tuple[Tensor, ...] = (query, key, value)
-        decision: Plan | Dense | TokenLayout = self._before_planning(
-            query, key, value, attention_mask, text_valid, text_tokens
-        )
-        if isinstance(decision, TokenLayout):
-            if text_first:
-                ordered = tuple(_text_last(t, text_tokens) for t in ordered)
-            with site.stats.timed("planning", query.device):
-                decision = self.context.processor.plan(self._call(ordered, decision))
-        if isinstance(decision, Dense):
-            if decision.reason:
-                self.context.fall_back(site, decision.reason)
-            site.stats.dense_calls += 1
-            with site.stats.timed("attention", query.device):
-                return self._dense(query, key, value, attention_mask)
-        assert isinstance(decision, Plan)
-        site.stats.sparse_calls += 1
-        site.stats.densities.append(decision.mask.density)
-        with site.stats.timed("attention", query.device):
-            out = self._sparse(*ordered, decision)
-        return _text_first(out, text_tokens) if text_first else out
+        def dense() -> Tensor:
+            return self._dense(query, key, value, attention_mask, text_valid, text_tokens)
 
-    def _before_planning(
+        if self.context is None:
+            return dense()
+        obstacle = ""
+        if attention_mask is not None and text_valid is None:
+            obstacle = "the model passes an attention mask that is not text padding"
+        elif self._ranks() > 1 and (text_tokens or not compat.ulysses(self._parallel_config)):
+            obstacle = "context parallelism is supported as Ulysses on video-only attention"
+        tokens = query.shape[2] * self._ranks()
+        layout = self._layout(query, key, value, tokens, text_tokens, text_valid, obstacle)
+        return self._answer(query, key, value, layout, text_first, dense)
+
+    def _layout(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: int,
+        text_tokens: int,
+        text_valid: Tensor | None,
+        obstacle: str,
+    ) -> TokenLayout | Dense:
+        """The layout to plan for, or why this call is dense before the method is asked."""
+        assert self.context is not None
+        processor, step = self.context.processor, self.context.step
+        grid = self._grid(tokens)
+        reason = obstacle
+        if not reason and grid is None:
+            reason = f"where video and text tokens of a {self.context.family.name} sit is not known"
+        elif not reason and math.prod(grid) + text_tokens != tokens:  # type: ignore[arg-type]
+            reason = (
+                f"the latent grid {grid} has {math.prod(grid)} tokens and the text {text_tokens}, "  # type: ignore[arg-type]
+                f"but attention has {tokens}"
+            )
+        elif not reason and torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            reason = "gradients are on and the sparse kernels have no backward yet"
+        elif not reason and compat.score_skip_active():
+            reason = "a guider replaces the attention scores"
+        if reason and step.total is None:
+            return Dense("" if processor.is_dense_layer(self.layer) else reason)
+        dense_step = processor.is_dense_step(step)
+        asked_for = dense_step or processor.is_dense_layer(self.layer)
+        if reason:
+            told_early = processor.strict and step.index == 0  # not only when the dense first steps are over
+            return Dense("" if asked_for and not (dense_step and told_early) else reason)
+        layout = TokenLayout(grid, text_tokens, text_valid)  # type: ignore[arg-type]
+        if step.index == 0:
+            processor.check(layout)
+        return Dense() if asked_for else layout
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout | Dense,
+        text_first: bool,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        """Runs a call: sparse if there is a layout and the method wants it, else `dense`."""
+        assert self.context is not None
+        site = self.context.sites[self.layer]
+        out: Tensor | Dense
+        if isinstance(layout, Dense):
+            out = layout
+        elif self._ranks() > 1:
+            out = self._ulysses(query, key, value, layout, site)
+        elif text_first:
+            q, k, v = (_text_last(t, layout.text_tokens) for t in (query, key, value))
+            out = self._sparse(q, k, v, layout, site)
+            out = out if isinstance(out, Dense) else _text_first(out, layout.text_tokens)
+        else:
+            out = self._sparse(query, key, value, layout, site)
+        if not isinstance(out, Dense):
+            return out
+        self._count_dense(site, out)
+        with site.stats.timed("attention", query.device):
+            return dense()
+
+    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, site: "Site") -> Tensor | Dense:
+        """Plans and runs a call on whole sequences in the order [video | text]."""
+        assert self.context is not None
+        context = self.context
+        call = AttentionCall(query, key, layout, context.step, self.layer, context.cache, context.state(self.layer))
+        with site.stats.timed("planning", query.device):
+            plan = context.processor.plan(call)
+        if isinstance(plan, Dense):
+            return plan
+        site.stats.sparse_calls += 1
+        site.stats.densities.append(plan.mask.density)
+        with site.stats.timed("attention", query.device):
+            return block_sparse_attention(query, key, value, plan.mask, backend=context.processor.backend)
+
+    def _ulysses(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, site: "Site") -> Tensor:
+        """As `_sparse`; each rank plans for the whole sequence of its heads."""
+
+        def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out = self._sparse(query, key, value, layout, site)
+            if not isinstance(out, Dense):
+                return out
+            self._count_dense(site, out)
+            with site.stats.timed("attention", query.device):
+                return F.scaled_dot_product_attention(query, key, value)
+
+        return compat.run_ulysses(query, key, value, self._parallel_config, whole)
+
+    def _count_dense(self, site: "Site", decision: Dense) -> None:
+        assert self.context is not None
+        if decision.reason:
+            self.context.fall_back(site, decision.reason)
+        site.stats.dense_calls += 1
+
+    def _dense(
         self,
         query: Tensor,
         key: Tensor,
@@ -119,54 +210,17 @@ class SiteProcessor:
         attention_mask: Tensor | None,
         text_valid: Tensor | None,
         text_tokens: int,
-    ) -> Dense | TokenLayout:
-        """The layout to plan for, or why this call is dense before the method is asked."""
-        assert self.context is not None
-        processor, step = self.context.processor, self.context.step
-        tokens = query.shape[2] * self._ranks()
-        reason = ""
-        if step.grid is None:
-            reason = f"the latent grid of family {self.context.family.name!r} is not known"
-        elif math.prod(step.grid) + text_tokens != tokens:
-            reason = (
-                f"the latent grid {step.grid} has {math.prod(step.grid)} tokens and the text {text_tokens}, "
-                f"but attention has {tokens}"
-            )
-        elif attention_mask is not None and text_valid is None:
-            reason = "the model passes an attention mask that is not text padding"
-        elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            reason = "gradients are on and the sparse kernels have no backward yet"
-        elif compat.score_skip_active():
-            reason = "a guider replaces the attention scores"
-        elif self._ranks() > 1 and (text_tokens or not compat.ulysses(self._parallel_config)):
-            reason = "context parallelism is supported as Ulysses on video-only attention"
-        dense_step = processor.is_dense_step(step)
-        if reason:
-            asked_for = dense_step and not (processor.strict and step.index == 0)
-            return Dense("" if asked_for or processor.is_dense_layer(self.layer) else reason)
-        layout = TokenLayout(step.grid, text_tokens, text_valid)  # type: ignore[arg-type]
-        if step.index == 0:
-            processor.check(layout)  # not only when the dense first steps are over
-        return Dense() if dense_step or processor.is_dense_layer(self.layer) else layout
-
-    def _call(self, ordered: tuple[Tensor, ...], layout: TokenLayout) -> AttentionCall:
-        assert self.context is not None
-        query, key, _ = ordered
-        context = self.context
-        return AttentionCall(query, key, layout, context.step, self.layer, context.cache, context.state(self.layer))
-
-    def _dense(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+    ) -> Tensor:
+        """Full attention as the stock processor of the family computes it."""
         return compat.dense_attention(query, key, value, attention_mask, self._attention_backend, self._parallel_config)
 
-    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+    def _grid(self, tokens: int) -> Grid | None:
+        """Latent grid of a call with this many tokens."""
         assert self.context is not None
-        attention = functools.partial(block_sparse_attention, mask=plan.mask, backend=self.context.processor.backend)
-        if self._ranks() > 1:
-            return compat.run_ulysses(query, key, value, self._parallel_config, attention)
-        return attention(query, key, value)
+        return self.context.step.grid
 
     def _ranks(self) -> int:
-        return 1 if self._parallel_config is None else compat.parallel_degree(self._parallel_config)
+        return compat.parallel_degree(self._parallel_config)
 
 
 class Family:
@@ -174,24 +228,29 @@ class Family:
 
     name: ClassVar[str]
     #: class names of the models, so that nothing of diffusers is imported to recognise them
-    models: ClassVar[tuple[str, ...]]
+    models: ClassVar[tuple[str, ...]] = ()
     #: processor for the attention modules of `sites`
     site: ClassVar[type[SiteProcessor]]
+    #: whether timesteps grow from step to step, as they do in Mochi alone
+    timesteps_rise: ClassVar[bool] = False
 
-    def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the self- or joint attentions over all video tokens, in the order they run."""
+    def sites(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Names and modules of the self- or joint attentions over all video tokens, in the order of the model."""
         raise NotImplementedError
 
-    def site_for(self, module: nn.Module) -> SiteProcessor:
+    def site_for(self, model: nn.Module, module: Any) -> SiteProcessor:
         """A fresh, unbound processor for one of the modules of `sites`."""
-        return self.site()
+        site = self.site()
+        site._attention_backend = getattr(module.processor, "_attention_backend", None)
+        site._parallel_config = getattr(model, "_parallel_config", None)
+        return site
 
     def grid(self, model: Any, arguments: Mapping[str, Any]) -> Grid | None:
-        """Latent grid (T, H, W) after patching of a call with these arguments."""
+        """Latent grid (T, H, W) after patching of a call with these arguments, or None if it is not known."""
         raise NotImplementedError
 
-    def timestep(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        """The timestep of a call on the scale of the scheduler."""
+    def timestep(self, arguments: Mapping[str, Any]) -> Any:
+        """The timestep of a call on the scale of the scheduler, a tensor or number."""
         return arguments.get("timestep")
 
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (both experts), VACE, and models that use Wan's attention: video-only self-attention `attn1`."""
+"""Wan 2.1 and 2.2 (both experts), VACE, Animate, and models with Wan's attention: video-only self-attention `attn1`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,7 +49,13 @@ class Wan(Family):
     """Grid from the five-dimensional latents; `vace_blocks` see the same grid as `blocks`."""
 
     name = "wan"
-    models = ("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel")
+    models = (
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    )
     site = WanSite
 
     def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -63,5 +69,4 @@ class Wan(Family):
         return frames // patch[0], height // patch[1], width // patch[2]
 
 
-# What diffusers' layer skipping returns for a skipped self-attention.
-compat.register_skippable(WanSite, lambda attn, hidden_states, *args, **kwargs: hidden_states)
+compat.register_skippable(WanSite, compat.skipped_video)
