@@ -22,7 +22,7 @@ PIPELINE_TEXT_LENGTH = 512  # WanPipeline pads prompt embeddings with zeros to t
 SHIFT = 3.0  # moves the noise levels of training and sampling towards pure noise
 CAPTION_DROPOUT = 0.1
 MATRIX_RATE, OTHER_RATE = 2e-3, 1e-3
-FIRST_CHUNKS, CHUNK_EVERY = 6, 250  # chunks of encoded clips at the start, and steps between two new ones
+FIRST_CHUNKS, CHUNK_EVERY = 3, 150  # chunks of encoded clips at the start, and steps between two new ones
 
 
 def build_transformer(size: Size) -> WanTransformer3DModel:
@@ -139,12 +139,12 @@ def train_transformer(
     shards = Shards((transformer, encoder), device)
     empty = torch.tensor(tokenizer("").input_ids + [tokenizer.pad_token_id] * (TEXT_LENGTH - 1), device=device)
 
-    def denoise(modules, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> tuple[float]:
+    def denoise(
+        modules, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor]:
         with autocast(device):
             text = encode_text(modules[1], tokens, tokenizer.pad_token_id)
-            loss = flow_loss(modules[0], text, latents, generator)
-        (loss / shards.count).backward()
-        return (loss.item(),)
+            return (flow_loss(modules[0], text, latents, generator),)
 
     sums = torch.zeros(2)
     for step in range(start, steps):
@@ -154,7 +154,7 @@ def train_transformer(
         dropped = [rng.random() < CAPTION_DROPOUT for _ in range(len(tokens))]
         tokens[torch.tensor(dropped, device=device)] = empty
         [loss] = shards.gradient(denoise, (latents, tokens), seed * 1_000_003 + step)
-        optimizers.step(learning_rate(step, steps, 1.0))
+        optimizers.step(learning_rate(step, steps, 1.0, hold=0.6))
         average.update(step)
         sums += torch.tensor([loss, 1.0])
         if step % 20 == 0:

@@ -28,11 +28,17 @@ def autocast(device: torch.device, enabled: bool = True) -> contextlib.AbstractC
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, floor: float = 0.02) -> float:
-    """Linear warm-up, then a half cosine down to `floor` times the peak."""
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 200, hold: float = 0.0, floor: float = 0.02
+) -> float:
+    """Linear warm-up, the peak until the fraction `hold` of all steps, then a half cosine to `floor` times the peak.
+
+    A run that holds can be lengthened or shortened as long as it has not begun to fall.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    start = max(warmup, hold * steps)
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -50,7 +56,7 @@ class Shards:
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module], device: torch.device):
-        self.count = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        self.count = (os.cpu_count() or 1) if device.type == "cpu" else 1
         if self.count > 1:
             torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(self.count, initializer=lambda: torch.set_num_threads(1))
@@ -62,17 +68,26 @@ class Shards:
         """work(modules, *part) for each of at most `count` parts, side by side."""
         if len(parts) == 1:
             return [work(self.copies[0], *parts[0])]
-        return list(self.pool.map(lambda job: work(job[0], *job[1]), zip(self.copies, parts, strict=True)))
+        return list(self.pool.map(lambda job: work(job[0], *job[1]), zip(self.copies, parts, strict=False)))
 
-    def gradient(self, work: Callable[..., tuple[float, ...]], batch: Sequence[torch.Tensor], seed: int) -> list[float]:
-        """Calls work(modules, *part of the batch, generator), which does its own backward, on every part.
+    def gradient(
+        self, work: Callable[..., tuple[torch.Tensor, ...]], batch: Sequence[torch.Tensor], seed: int
+    ) -> list[float]:
+        """Adds the gradient of the mean loss over a batch to the parameters.
 
-        Returns the mean of the values that the calls return. Gradients are summed over the parts, so `work` scales
-        its loss by 1 / `count`.
+        `work(modules, *part of the batch, generator)` returns the mean loss of its part and further values to watch,
+        all scalars; the generator is its only randomness. Returns the batch's mean of each.
         """
+
+        def one(modules: tuple[torch.nn.Module, ...], *arguments: Any) -> list[float]:
+            values = work(modules, *arguments)
+            share = len(arguments[0]) / len(batch[0])
+            (values[0] * share).backward()
+            return [value.item() * share for value in values]
+
         parts = zip(*(tensor.chunk(self.count) for tensor in batch), strict=True)
         jobs = [(*part, torch.Generator(part[0].device).manual_seed(seed + 7919 * k)) for k, part in enumerate(parts)]
-        return [sum(values) / len(values) for values in zip(*self.map(work, jobs), strict=True)]
+        return [sum(values) for values in zip(*self.map(one, jobs), strict=True)]
 
 
 class Average:
