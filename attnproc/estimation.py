@@ -85,7 +85,7 @@ class Estimate:
             ("latent grid", f"{frames} x {rows} x {columns} (frames, rows, columns)"),
             ("tokens", f"{self.tokens - self.text_tokens:,}{text}"),
             ("attention share of FLOPs", f"{self.attention_share:.1%}"),
-            ("one dense denoiser call", f"{self.petaflops:.3g} PFLOP"),
+            ("one dense denoiser call", _flops(self.petaflops)),
             ("density of sparse calls", f"{self.density:.3f}"),
             ("dense steps, dense layers", f"{self.dense_step_share:.0%}, {self.dense_layer_share:.0%}"),
             ("ceiling of the speed-up", f"{self.ceiling:.2f}x ({self.ceiling_without_warm_up:.2f}x without warm-up)"),
@@ -210,6 +210,13 @@ def _advice(processor: AttnProcessor, density: float, ceiling: float, free: floa
     if ceiling < WARM_UP_COST * free:
         return f"worth it; warm-up costs most: without it the ceiling would be {free:.2f}x instead of {ceiling:.2f}x"
     return f"worth it: up to {ceiling:.2f}x by FLOPs"
+
+
+def _flops(petaflops: float) -> str:
+    for unit, scale in (("PFLOP", 1.0), ("TFLOP", 1e3)):
+        if petaflops * scale >= 0.1:
+            return f"{petaflops * scale:.3g} {unit}"
+    return f"{petaflops * 1e6:.3g} GFLOP"
 
 
 def _size(count: int) -> str:

@@ -6,10 +6,10 @@ import os
 import av
 import numpy as np
 import pytest
-from attnproc.pipelines.video_io import check_output, write_video
 from imageio import v3
 
 from attnproc.errors import AttnProcError, SettingsError
+from attnproc.pipelines.video_io import check_output, write_video
 
 
 @pytest.fixture

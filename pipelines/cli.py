@@ -1,0 +1,313 @@
+"""The command `attnproc`: generate, estimate, list, doctor.
+
+Exit codes: 0 done; 1 it failed; 2 bad arguments; 3 a combination that is not supported, or `--strict` forbids;
+130 interrupted. Heavy imports happen inside the commands.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from attnproc.errors import AttnProcError, AttnProcWarning, SettingsError, UnsupportedError
+
+app = typer.Typer(
+    help="Sparse video attention for Hugging Face diffusers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+Attention = Annotated[str | None, typer.Option(help="Method; see `attnproc list`. (default: radial)")]
+Preset = Annotated[
+    str | None, typer.Option(help="Published settings by name. (default: none; shapes-video has its own)")
+]
+Quality = Annotated[str | None, typer.Option(help="high, balanced or fast. (default: balanced)")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; may be repeated. (default: none)"),
+]
+Frames = Annotated[int | None, typer.Option(help="Frames of the video. (default: the model's; shapes-video 17)")]
+Height = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
+Width = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's; shapes-video 20)")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. (default: off)")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows; may also stand in --config.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="shapes-video (ships with the package, needs no download), a local folder, or a Hugging Face id. "
+            "(default: shapes-video)"
+        ),
+    ] = None,
+    attention: Attention = None,
+    preset: Preset = None,
+    quality: Quality = None,
+    set_: Set = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict", help="Exit 3 rather than run dense where sparse is meant. (default: off)"),
+    ] = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 1 is none. (default: the model's; shapes-video 4)")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it must not show. (default: the model's)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first video; the next ones count up. (default: 0)")] = None,
+    num_videos: Annotated[int | None, typer.Option(help="Videos, in numbered files. (default: 1)")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16 or float16. (default: auto: float32 on CPU, else bfloat16)"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (default: auto: cuda if any)")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="none, model or sequential: keep weights in main memory. (default: none)")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="File .mp4 or .gif, or a new folder for PNG pictures. (default: video.mp4)"),
+    ] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option("--compare", help="Also make the dense video, and print quality and time. (default: off)"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these as keys; flags override it. (default: none)")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all, print plan and estimate, load no weights. (default: off)"),
+    ] = False,
+) -> None:
+    """Generates a video with sparse attention, and a JSON record of the run beside it.
+
+    Videos of shapes-video are enlarged to 256 pixels when written.
+    """
+    flags = {key: value for key, value in locals().items() if key not in ("set_", "config", "dry_run")}
+    with _exit_codes():
+        _quiet_libraries()
+        from attnproc.pipelines.generate import generate as run
+        from attnproc.pipelines.generate import prepare
+        from attnproc.pipelines.settings import RunSettings, parse_assignments
+
+        flags["set"] = parse_assignments(set_) if set_ else None
+        job = prepare(RunSettings.from_sources(config, flags))
+        if dry_run:
+            _print_plan(job)
+            return
+        run(job, Console(), Console(stderr=True))
+
+
+@app.command()
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A name such as wan2.1-14b (see `attnproc list`), a local folder, or a Hugging Face id."),
+    ],
+    attention: Attention = None,
+    preset: Preset = None,
+    quality: Quality = None,
+    set_: Set = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    batch: Annotated[int, typer.Option(help="Samples of one denoiser call.", show_default=True)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (default: off)")] = False,
+) -> None:
+    """Says what a method can gain on a model before it is run. Reads configurations only, never weights."""
+    with _exit_codes():
+        import attnproc
+        from attnproc.pipelines.loading import EMBEDDED_DEFAULTS, embedded_location
+        from attnproc.pipelines.settings import EMBEDDED, RunSettings, parse_assignments
+
+        flags = {"model": model, "attention": attention, "preset": preset, "quality": quality}
+        flags["set"] = parse_assignments(set_) if set_ else None
+        processor = RunSettings.from_sources(None, {**flags, "prompt": "none is needed"}).processor()
+        size = {"height": height, "width": width, "num_frames": frames, "steps": steps}
+        target = model
+        if model == EMBEDDED:
+            target = embedded_location()
+            own = {**EMBEDDED_DEFAULTS, "steps": EMBEDDED_DEFAULTS["num_inference_steps"]}
+            size = {key: own[key] if value is None else value for key, value in size.items()}
+        found = attnproc.estimate(target, processor=processor, batch=batch, **size)
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            Console().print(found.table())
+
+
+@app.command("list")
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (default: off)")] = False) -> None:
+    """Lists methods, presets, model families, and the names that `estimate` knows."""
+    with _exit_codes():
+        from rich.table import Table
+
+        from attnproc.families import FAMILIES
+        from attnproc.methods import METHODS, method_class
+        from attnproc.model_facts import KNOWN_MODELS
+
+        classes = {name: method_class(name) for name in METHODS}
+        data = {
+            "methods": {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in classes.items()},
+            "presets": {name: cls.presets() for name, cls in classes.items()},
+            "families": {family.name: list(family.models) for family in FAMILIES},
+            "models": list(KNOWN_MODELS),
+        }
+        if as_json:
+            _print_json(data)
+            return
+        console = Console()
+        table = Table(title="methods (--attention)", show_header=False)
+        for name, text in data["methods"].items():  # type: ignore[attr-defined]
+            table.add_row(name, text)
+        console.print(table)
+        table = Table("method", "preset", "for", title="presets (--preset); --json also tells their sources")
+        for name, presets in data["presets"].items():  # type: ignore[attr-defined]
+            for preset, entry in presets.items():
+                table.add_row(name, preset, entry["for"])
+        console.print(table)
+        table = Table(title="model families (every other model runs dense)", show_header=False)
+        for name, models in data["families"].items():  # type: ignore[attr-defined]
+            table.add_row(name, ", ".join(models))
+        console.print(table)
+        console.print("names for `attnproc estimate`:", ", ".join(KNOWN_MODELS), highlight=False)
+
+
+@app.command()
+def doctor(
+    selftest: Annotated[
+        bool,
+        typer.Option(
+            "--selftest",
+            help="Compare every backend with the float64 definition; exit 1 if one is wrong. (default: off)",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where --selftest runs: auto, cpu, cuda ...")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of the random inputs of --selftest. (default: random)")] = None,
+) -> None:
+    """Says what this machine can run, why not the rest, and whether what runs is right."""
+    with _exit_codes():
+        import random
+
+        from attnproc.pipelines import doctor as checks
+        from attnproc.pipelines.loading import pick_device
+        from attnproc.pipelines.settings import RunSettings
+
+        console = Console()
+        for table in (checks.version_table(), checks.device_table(), checks.backend_table()):
+            console.print(table)
+        if not selftest:
+            return
+        where, _ = pick_device(RunSettings(prompt="none is needed", device=device))
+        seed = random.randrange(2**31) if seed is None else seed
+        results = checks.selftest(where, seed)
+        console.print(checks.selftest_table(results, where, seed))
+        wrong = [f"{check.backend} ({check.dtype})" for check in results if not check.passed]
+        if wrong:
+            raise AttnProcError(
+                f"{', '.join(wrong)} did not match the float64 definition; expected the allowed error. Use another "
+                "backend, such as --set backend=flex, and report this with the tables above."
+            )
+
+
+def main() -> None:
+    """Entry point of the command `attnproc`."""
+    app()
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns errors into one line on stderr and an exit code, and warnings of this package into one line each."""
+    console = Console(stderr=True)
+    shown = warnings.showwarning
+
+    def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, AttnProcWarning):
+            console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        else:
+            shown(message, category, *args, **kwargs)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    except KeyboardInterrupt:
+        console.print("interrupted; videos that were finished are whole, and nothing else was written")
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if _debug:
+            console.print_exception()
+        line = " ".join(str(error).split())
+        if not isinstance(error, AttnProcError):
+            line = f"{type(error).__name__}: {line} (attnproc --debug ... shows where)"
+        console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
+        codes = {SettingsError: 2, UnsupportedError: 3}
+        raise typer.Exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1)) from None
+
+
+def _print_plan(job: Any) -> None:
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="plan (nothing was loaded)", show_header=False)
+    rows = {
+        "model": f"{job.source.name} ({job.source.pipeline_class})",
+        **job.arguments,
+        "seed": job.settings.seed,
+        "device": job.device,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "offload": job.settings.offload,
+        "attention": repr(job.processor),
+        "videos": ", ".join(map(str, job.outputs)),
+        "compare with dense": "yes" if job.settings.compare else "no",
+    }
+    for name, value in rows.items():
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    if job.estimate is None:
+        console.print(f"no estimate: no sizes are known of {job.source.denoiser_class}")
+    else:
+        console.print(job.estimate.table())
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _quiet_libraries() -> None:
+    """Leaves the terminal to this command: no bars for loading, no notes on optional packages."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()
