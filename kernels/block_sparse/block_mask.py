@@ -108,11 +108,11 @@ class BlockMask:
             )
         counts = blocks.sum(-1, dtype=torch.int32)
         width = max(int(counts.max()), 1) if counts.numel() else 1
-        columns = torch.arange(grid[1], dtype=torch.int32, device=blocks.device)
+        columns = blocks.reshape(-1).nonzero().squeeze(-1) % grid[1]
         listed = torch.arange(width, device=blocks.device) < counts[..., None]
         indices = torch.zeros(listed.shape, dtype=torch.int32, device=blocks.device)
         # Both sides run row by row, so every list comes out ascending.
-        indices.masked_scatter_(listed, columns.expand_as(blocks).masked_select(blocks))
+        indices.masked_scatter_(listed, columns.int())
         return cls(counts, indices, query_length, key_length, block_size).with_key_valid(key_valid)
 
     @classmethod

@@ -16,6 +16,7 @@ CHECKED_TOKENS = 1 << 22  # (query, key) pairs of partial blocks looked at in on
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """Returns out (B, H, Sq, D) in the dtype of query and lse float32 (B, H, Sq)."""
+    query, key, value = query.detach(), key.detach(), value.detach()
     asked = AuxRequest(lse=True)
     out, found = flex_attention(query, key, value, block_mask=to_flex(mask), scale=scale, return_aux=asked)
     assert found.lse is not None

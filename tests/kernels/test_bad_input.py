@@ -1,0 +1,114 @@
+"""Wrong arguments are refused with what came, what was expected and what to do."""
+
+import pytest
+import torch
+
+from attnproc.kernels import BlockMask, available_backends, block_sparse_attention, choose_backend
+
+
+def good():
+    return {
+        "query": torch.randn(2, 2, 40, 16),
+        "key": torch.randn(2, 2, 50, 16),
+        "value": torch.randn(2, 2, 50, 16),
+        "mask": BlockMask.full(40, 50, (16, 16)),
+    }
+
+
+WRONG = {
+    "rank": ({"query": torch.randn(2, 40, 16)}, "query"),
+    "not a tensor": ({"value": None}, "value"),
+    "integers": ({"query": torch.ones(2, 2, 40, 16, dtype=torch.int32)}, "query"),
+    "dtypes differ": ({"key": torch.randn(2, 2, 50, 16).half()}, "key"),
+    "devices differ": ({"value": torch.randn(2, 2, 50, 16, device="meta")}, "value"),
+    "no samples": (
+        {name: torch.randn(0, 2, n, 16) for name, n in (("query", 40), ("key", 50), ("value", 50))},
+        "query",
+    ),
+    "fewer key heads": ({"key": torch.randn(2, 1, 50, 16)}, "key"),
+    "batch differs": ({"key": torch.randn(1, 2, 50, 16)}, "key"),
+    "value shorter than key": ({"value": torch.randn(2, 2, 49, 16)}, "value"),
+    "value head_dim": ({"value": torch.randn(2, 2, 50, 8)}, "value"),
+    "head_dim too large": (
+        {name: torch.randn(2, 2, n, 257) for name, n in (("query", 40), ("key", 50), ("value", 50))},
+        "query",
+    ),
+    "not a mask": ({"mask": torch.ones(3, 4, dtype=torch.bool)}, "mask"),
+    "mask of other queries": ({"mask": BlockMask.full(41, 50, (16, 16))}, "mask"),
+    "mask of other keys": ({"mask": BlockMask.full(40, 64, (16, 16))}, "mask"),
+    "mask batch": ({"mask": BlockMask.from_blocks(torch.ones(3, 1, 3, 4).bool(), 40, 50, (16, 16))}, "mask"),
+    "mask heads": ({"mask": BlockMask.from_blocks(torch.ones(1, 3, 3, 4).bool(), 40, 50, (16, 16))}, "mask"),
+    "padding of three samples": ({"mask": BlockMask.full(40, 50, (16, 16), torch.tensor([1, 2, 3]))}, "mask"),
+    "mask elsewhere": ({"mask": BlockMask.full(40, 50, (16, 16), device="meta")}, "mask"),
+    "scale": ({"scale": float("nan")}, "scale"),
+    "unknown backend": ({"backend": "cuda"}, "backend"),
+}
+
+
+@pytest.mark.parametrize("change, argument", WRONG.values(), ids=WRONG.keys())
+def test_attention_refuses(change, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: got .+; expected .+\. .+\.$"):
+        block_sparse_attention(**{**good(), **change})
+
+
+BLOCKS = torch.ones(3, 4, dtype=torch.bool)
+COUNTS, INDICES = torch.ones(1, 1, 3, dtype=torch.int32), torch.zeros(1, 1, 3, 1, dtype=torch.int32)
+WRONG_MASKS = {
+    "blocks dtype": (lambda: BlockMask.from_blocks(BLOCKS.int(), 40, 50, (16, 16)), "blocks"),
+    "blocks grid": (lambda: BlockMask.from_blocks(BLOCKS, 40, 65, (16, 16)), "blocks"),
+    "blocks rank": (lambda: BlockMask.from_blocks(BLOCKS[None], 40, 50, (16, 16)), "blocks"),
+    "no queries": (lambda: BlockMask.full(0, 50, (16, 16)), "query_length"),
+    "block of 0": (lambda: BlockMask.full(40, 50, (16, 0)), "block_size"),
+    "fractional padding": (lambda: BlockMask.full(40, 50, (16, 16), torch.tensor([3.0])), "key_valid"),
+    "boolean padding": (lambda: BlockMask.full(40, 50, (16, 16), torch.ones(50).bool()), "key_valid"),
+    "too many keys": (lambda: BlockMask.full(40, 50, (16, 16), torch.tensor([51])), "key_valid"),
+    "negative keys": (lambda: BlockMask.full(40, 50, (16, 16), torch.tensor([-1])), "key_valid"),
+    "padding rank": (lambda: BlockMask.full(40, 50, (16, 16), torch.tensor([[5]])), "key_valid"),
+    "padding of other samples": (
+        lambda: BlockMask.from_blocks(torch.ones(2, 1, 3, 4).bool(), 40, 50, (16, 16), torch.tensor([1, 2, 3])),
+        "key_valid",
+    ),
+    "counts dtype": (lambda: BlockMask(COUNTS.long(), INDICES, 40, 50, (16, 16)), "counts"),
+    "counts rows": (lambda: BlockMask(COUNTS, INDICES, 60, 50, (16, 16)), "counts"),
+    "indices rank": (lambda: BlockMask(COUNTS, INDICES[0], 40, 50, (16, 16)), "indices"),
+    "indices heads": (lambda: BlockMask(COUNTS, INDICES.repeat(1, 2, 1, 1), 40, 50, (16, 16)), "indices"),
+    "indices elsewhere": (lambda: BlockMask(COUNTS, INDICES.to("meta"), 40, 50, (16, 16)), "indices"),
+}
+
+
+@pytest.mark.parametrize("build, argument", WRONG_MASKS.values(), ids=WRONG_MASKS.keys())
+def test_block_mask_refuses(build, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: got .+; expected .+\. .+\.$"):
+        build()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flex", "oracle"])
+def test_a_gradient_is_refused_rather_than_lost(backend):
+    arguments = good()
+    arguments["key"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"'{backend}'"):
+        block_sparse_attention(**arguments, backend=backend)
+    with torch.no_grad():
+        assert block_sparse_attention(**arguments, backend=backend).isfinite().all()
+
+
+def test_devices_without_a_backend_are_named():
+    query, mask = torch.randn(1, 1, 16, 16, device="meta"), BlockMask.full(16, 16, (16, 16), device="meta")
+    with pytest.raises(ValueError, match="CUDA or CPU"):
+        choose_backend(query, mask)
+    with pytest.raises(ValueError, match="CPU tensors, not meta"):
+        choose_backend(query, mask, "cpu")
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    forward = pytest.importorskip("attnproc.kernels.triton_forward")
+    query, mask = torch.randn(1, 1, 16, 16), BlockMask.full(16, 16, (16, 16))
+    monkeypatch.setattr(forward, "INTERPRETED", True)
+    assert available_backends()["triton"] is None
+    with pytest.raises(ValueError, match=r"powers of two of at least 16 tokens, not \(16, 24\)"):
+        choose_backend(query, BlockMask.full(16, 16, (16, 24)), "triton")
+    with pytest.raises(ValueError, match="not float64"):
+        choose_backend(query.double(), mask, "triton")
+    monkeypatch.setattr(forward, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="CUDA"):
+        choose_backend(query, mask, "triton")
