@@ -57,7 +57,7 @@ class RunContext:
         self._states: dict[tuple[int, str], dict[Any, Any]] = {}
         self._warned: set[str] = set()
         self._named: tuple[str, dict[str, Any]] | None = None
-        self._in_pipeline = False
+        self._loop: object | None = None
         self._place = self._first = 0
         self._start_over()
         self._ended = True
@@ -120,7 +120,7 @@ class RunContext:
         for layer, site in enumerate(self.sites):
             current = site.module.processor
             if isinstance(current, self.family.site):
-                site.processor = current
+                site.processor, site.stats.replaced = current, False
                 if current.context is not self:
                     current.bind(self, layer)
             elif not site.stats.replaced:
@@ -134,15 +134,16 @@ class RunContext:
 
     # -- runs and steps ----------------------------------------------------------------------------------------------
 
-    def begin(self, scheduler: Callable[[], Any]) -> None:
-        """A pipeline enters its denoising loop."""
+    def begin(self, loop: object, scheduler: Callable[[], Any]) -> None:
+        """A pipeline enters a denoising loop, `loop` stands for it."""
         self.scheduler = scheduler
-        self._in_pipeline = self._ended = True
+        self._loop, self._ended = loop, True
 
-    def end(self) -> None:
-        """A pipeline left its denoising loop, whatever the cause: what methods remember is freed, the report stays."""
-        self._states.clear()
-        self._in_pipeline, self._ended = False, True
+    def end(self, loop: object) -> None:
+        """A pipeline left a denoising loop, whatever the cause: what methods remember is freed, the report stays."""
+        if self._loop is loop:  # a loop that was given up may be noticed as late as in the next one
+            self._states.clear()
+            self._loop, self._ended = None, True
 
     def _start_over(self) -> None:
         self._states.clear()
@@ -182,7 +183,7 @@ class RunContext:
                 index, total = max(0, place - begin), len(timesteps) - begin
                 self._place = place
         branch = None if name is None else BRANCHES.get(name, name)
-        repeated = index == self._index == 0 and branch in self._seen and not self._in_pipeline
+        repeated = index == self._index == 0 and branch in self._seen and self._loop is None
         if fresh or index < self._index or repeated:
             self._start_over()
         if index != self._index:

@@ -175,14 +175,15 @@ def _with_loop_bounds(progress_bar: Any) -> Any:
     @wraps(progress_bar)
     def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         bar = progress_bar(pipe, *args, **kwargs)
-        contexts, close = _contexts(pipe), bar.close
+        contexts, loop = _contexts(pipe), object()
         for context in contexts:
-            context.begin(scheduler_of(pipe))
+            context.begin(loop, scheduler_of(pipe))
 
         def close_and_end() -> None:
-            close()
+            del bar.close  # the bar's own again
+            bar.close()
             for context in contexts:
-                context.end()
+                context.end(loop)
 
         if contexts:
             bar.close = close_and_end
@@ -194,14 +195,14 @@ def _with_loop_bounds(progress_bar: Any) -> Any:
 def _with_call_bounds(call: Any) -> Any:
     @wraps(call)
     def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        contexts = _contexts(pipe)
+        contexts, loop = _contexts(pipe), object()
         for context in contexts:
-            context.begin(scheduler_of(pipe))
+            context.begin(loop, scheduler_of(pipe))
         try:
             return call(pipe, *args, **kwargs)
         finally:
             for context in contexts:
-                context.end()
+                context.end(loop)
 
     return bounded
 

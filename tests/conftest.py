@@ -15,10 +15,10 @@ import torch
 from attnproc.kernels import BlockMask
 from attnproc.processor import AttnProcessor, Dense, Plan
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: threads would mostly wait for each other
 
 
-# -- processors ---------------------------------------------------------------------------------------------------------
+# -- processors --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -28,8 +28,10 @@ class RandomMaskProcessor(AttnProcessor):
     name: ClassVar[str] = "random-mask"
     density: float = 0.5
     block_size: int = 16
+    layers: list = dataclass_field(default_factory=list, init=False)
 
     def plan(self, call):
+        self.layers.append(call.layer)
         mask = self.mask(call.layer, call.layout.tokens)
         valid = call.layout.key_valid
         return Plan(mask if valid is None else mask.with_key_valid(valid))
@@ -76,7 +78,7 @@ def recording():
     return RecordingProcessor
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def rand(*shape):
@@ -437,3 +439,193 @@ def run():
         return model(**inputs, return_dict=False)[0]
 
     return call
+
+
+# -- pipelines, offline: no text encoder and no VAE, embeddings given, latents out -------------------------------------
+
+
+def text_inputs(batch=1, tokens=7, channels=16):
+    torch.manual_seed(2)
+    return {"prompt_embeds": rand(batch, tokens, channels), "negative_prompt_embeds": rand(batch, tokens, channels)}
+
+
+def wan_pipeline(two_experts=False, **overrides):
+    parts = {"transformer": TINY["wan"].model()}
+    if two_experts:
+        torch.manual_seed(5)
+        parts |= {"transformer_2": TINY["wan"].model(), "boundary_ratio": 0.5}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, **parts, **overrides)
+    return pipe, {**text_inputs(), "height": 80, "width": 112, "num_frames": 9, "guidance_scale": 3.0}
+
+
+def hunyuan_pipeline(true_cfg=False):
+    pipe = diffusers.HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        vae=None,
+        transformer=TINY["hunyuan"].model(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    inputs = {
+        "prompt_embeds": text_inputs()["prompt_embeds"],
+        "pooled_prompt_embeds": rand(1, 8),
+        "prompt_attention_mask": ragged(1, 7),
+    }
+    if true_cfg:
+        inputs |= {f"negative_{name}": value for name, value in inputs.items()} | {"true_cfg_scale": 3.0}
+    return pipe, {**inputs, "height": 80, "width": 112, "num_frames": 9}
+
+
+def hunyuan15_pipeline():
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    # This pipeline reads the number of channels from the VAE.
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4, 4), layers_per_block=1
+    )
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        vae=vae,
+        transformer=TINY["hunyuan15"].model(in_channels=9),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    pipe.vision_num_semantic_tokens = 3
+    inputs = {
+        "prompt_embeds": text_inputs()["prompt_embeds"],
+        "prompt_embeds_mask": ragged(1, 7, torch.long),
+        "prompt_embeds_2": rand(1, 5, 8),
+        "prompt_embeds_mask_2": ragged(1, 5, torch.long),
+    }
+    inputs |= {f"negative_{name}": value for name, value in inputs.items()}
+    return pipe, {**inputs, "height": 80, "width": 112, "num_frames": 9}
+
+
+def cog_pipeline():
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=TINY["cog"].model(),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
+    return pipe, {**text_inputs(tokens=8, channels=8), "height": 64, "width": 64, "num_frames": 9}
+
+
+def mochi_pipeline():
+    pipe = diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=TINY["mochi"].model(),
+    )
+    masks = {"prompt_attention_mask": ragged(1, 7), "negative_prompt_attention_mask": ragged(2, 7)[1:]}
+    return pipe, {**text_inputs(), **masks, "height": 80, "width": 112, "num_frames": 13}
+
+
+def ltx_pipeline():
+    pipe = diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=TINY["ltx"].model(),
+    )
+    masks = {"prompt_attention_mask": ragged(1, 7), "negative_prompt_attention_mask": ragged(2, 7)[1:]}
+    return pipe, {**text_inputs(), **masks, "height": 160, "width": 224, "num_frames": 17}
+
+
+def sd_pipeline(pipeline_class=diffusers.StableDiffusionPipeline):
+    pipe = pipeline_class(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=TINY["unet"].model(),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {**text_inputs(), "height": 128, "width": 96}
+
+
+def sd3_pipeline():
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=TINY["sd3"].model(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pooled = {"pooled_prompt_embeds": rand(1, 12), "negative_pooled_prompt_embeds": rand(1, 12)}
+    return pipe, {**text_inputs(), **pooled, "height": 128, "width": 96}
+
+
+def flux_pipeline():
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=TINY["flux"].model(),
+    )
+    inputs = {"prompt_embeds": text_inputs()["prompt_embeds"], "pooled_prompt_embeds": rand(1, 8)}
+    return pipe, {**inputs, "height": 128, "width": 96}
+
+
+PIPELINES = {
+    "wan": wan_pipeline,
+    "hunyuan": hunyuan_pipeline,
+    "hunyuan-true-cfg": lambda: hunyuan_pipeline(true_cfg=True),
+    "hunyuan15": hunyuan15_pipeline,
+    "cog": cog_pipeline,
+    "mochi": mochi_pipeline,
+    "ltx": ltx_pipeline,
+    "sd": sd_pipeline,
+    "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+}
+
+
+@pytest.fixture
+def generate():
+    """Runs a pipeline for a few steps from a fixed seed and returns its latents."""
+
+    def call(pipe, inputs, steps=3, **more):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        more = {"num_inference_steps": steps, "output_type": "latent", **more}
+        return pipe(**inputs, generator=generator, **more)[0]
+
+    return call
+
+
+@pytest.fixture
+def tiny_pipelines():
+    """All tiny pipelines by name: a function that returns a pipeline and the inputs to call it with."""
+    return PIPELINES
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline_name(request):
+    """The name of each tiny pipeline."""
+    return request.param
+
+
+@pytest.fixture
+def wan(tiny_pipelines):
+    """A Wan pipeline and its inputs."""
+    return tiny_pipelines["wan"]()
