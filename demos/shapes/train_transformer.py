@@ -47,13 +47,19 @@ class ShortTextProcessor(WanAttnProcessor):
     """Cross-attention over `TEXT_LENGTH` text positions that equals the stock one over `PIPELINE_TEXT_LENGTH`.
 
     All padding keys are the same vector. So the last position, which is always padding here, stands for the missing
-    ones too: adding log(n) to its logit counts it n times in the softmax.
+    ones too: adding log(n) to its logit counts it n times in the softmax. With so few keys plain matrix products are
+    several times faster on a CPU than the fused attention.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        bias = hidden_states.new_zeros(1, 1, 1, TEXT_LENGTH)
-        bias[..., -1] = math.log(PIPELINE_TEXT_LENGTH - TEXT_LENGTH + 1)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).permute(0, 2, 3, 1)
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        logits = torch.matmul(query * query.shape[-1] ** -0.5, key)
+        bias = logits.new_zeros(TEXT_LENGTH)
+        bias[-1] = math.log(PIPELINE_TEXT_LENGTH - TEXT_LENGTH + 1)
+        out = torch.matmul((logits + bias).softmax(-1), value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 def use_short_text(transformer: Any, short: bool) -> None:
