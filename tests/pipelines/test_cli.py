@@ -464,6 +464,15 @@ def test_selftest_passes_here_and_fails_a_wrong_backend(monkeypatch):
     assert "flex (torch.float32)" in told and "cpu" not in told and "triton" not in told
 
 
+def test_selftest_holds_for_every_seed(monkeypatch):
+    from attnproc.pipelines import doctor
+
+    monkeypatch.setattr(doctor, "available_backends", lambda: {"cpu": None})
+    for seed in range(30):  # some masks keep nothing at all
+        checks = doctor.selftest(torch.device("cpu"), seed)
+        assert len(checks) == 3 and all(check.passed for check in checks), (seed, checks)
+
+
 def test_help_names_a_default_for_every_option():
     assert run("--help").exit_code == 0
     for command in ("generate", "estimate", "list", "doctor"):
