@@ -20,6 +20,7 @@ from attnproc.installation import (  # noqa: E402
 )
 from attnproc.processor import AttnProcessor, DenseAttnProcessor  # noqa: E402
 from attnproc.reports import Report  # noqa: E402
+from attnproc.sparse.radial import RadialAttnProcessor  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "AttnProcessor",
     "DenseAttnProcessor",
     "Estimate",
+    "RadialAttnProcessor",
     "Report",
     "SettingsError",
     "UnsupportedError",
