@@ -189,6 +189,33 @@ def test_dry_run_loads_nothing(config, out, wan_folder, tmp_path, monkeypatch):
     assert os.listdir(out) == []
 
 
+def test_the_embedded_model_needs_no_flags(out, wan_folder, monkeypatch):
+    """Its folder is another one here, so that the test does not depend on trained weights."""
+    from attnproc.pipelines import loading
+
+    monkeypatch.setattr(loading, "embedded_location", lambda: str(wan_folder))
+    monkeypatch.chdir(out)
+    result = run("generate", PROMPT, "--steps", 4)
+    assert result.exit_code == 0, result.output
+    assert v3.imread(out / "video.mp4", plugin="pyav").shape == (17, 256, 256, 3)
+    data = record(out / "video.json")
+    assert (data["upscale"], data["fps"], data["estimate"]["grid"]) == (4, 8, [5, 8, 8])
+    assert (data["call"]["height"], data["call"]["width"], data["call"]["guidance_scale"]) == (64, 64, 4.0)
+    preset = RadialAttnProcessor.from_preset("shapes-video").to_dict()
+    assert data["processor"] == json.loads(json.dumps(preset))
+    assert data["report"]["sparse_density"] < 1.0
+    result = run("estimate", "shapes-video", "--json")
+    assert json.loads(result.stdout)["grid"] == [5, 8, 8]
+    assert json.loads(result.stdout)["steps"] == 20
+
+
+def test_a_missing_embedded_model_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("attnproc.demos.shapes.MODELS", tmp_path)
+    result = run("generate", PROMPT, "--dry-run")
+    assert result.exit_code == 2
+    assert "error: Found no model_index.json" in result.stderr
+
+
 # -- generate: what cannot work is said before any long work -----------------------------------------------------------
 
 
