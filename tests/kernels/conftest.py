@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: Triton's interpreter where there is no GPU, fresh seeds, random cases, NaN-filled memory."""
+"""Shared by the kernel tests: Triton's interpreter if there is no GPU, fresh seeds, random cases, NaN-filled memory."""
 
 import os
 import sys

@@ -1,0 +1,1 @@
+"""Commands that measure and save tables: `python -m benchmarks.<name>`."""

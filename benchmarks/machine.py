@@ -1,0 +1,58 @@
+"""What a table was measured on, and where it is saved."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with the cores this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_model()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe() -> dict[str, Any]:
+    """Hardware, versions and date, to be saved with every table."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = "not installed"
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def save(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> Path:
+    """Writes `<name>-<cpu or gpu>-<device>.json` and the same as Markdown beside it; returns the JSON's path."""
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    path = folder / f"{name}-{kind}-{slug}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown)
+    return path
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
