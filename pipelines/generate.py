@@ -100,6 +100,11 @@ def prepare(settings: RunSettings) -> Job:
     outputs = _outputs(settings)
     for path in outputs:
         check_output(path)
+        if _record_path(path).is_dir():
+            raise SettingsError(
+                f"the record {_record_path(path)} would replace a folder; expected a file or nothing there. "
+                "Choose another --output."
+            )
         if settings.compare:
             check_output(_dense_path(path))
     device, dtype = pick_device(settings)

@@ -255,6 +255,14 @@ def test_bad_arguments_exit_2_with_one_line(config, out, monkeypatch, arguments,
     assert os.listdir(out) == []
 
 
+def test_a_record_that_would_replace_a_folder(config, out):
+    (out / "v.json").mkdir()
+    result = run("generate", PROMPT, "--config", config, "--output", out / "v.mp4")
+    assert result.exit_code == 2
+    assert "would replace a folder" in result.stderr
+    assert os.listdir(out) == ["v.json"]
+
+
 @pytest.mark.parametrize("prompt", [[], [""], ["  "]])
 def test_an_empty_prompt(config, prompt):
     result = run("generate", *prompt, "--config", config)
@@ -432,6 +440,29 @@ def test_estimate_of_a_folder(wan_folder):
         "estimate", wan_folder, "--height", 32, "--width", 32, "--frames", 17, "--attention", "dense", "--json"
     )
     assert json.loads(result.stdout)["grid"] == [5, 4, 4]
+
+
+def test_estimate_of_a_pipeline_and_of_a_hub_id(wan_folder, monkeypatch):
+    import huggingface_hub
+    from diffusers import WanPipeline
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    asked = []
+
+    def download(name, file):
+        asked.append((name, file))
+        if not (wan_folder / file).is_file():
+            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+        return str(wan_folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    size = {"height": 32, "width": 32, "num_frames": 17, "steps": 4, "processor": RadialAttnProcessor(**SPARSE)}
+    of_pipeline = attnproc.estimate(WanPipeline.from_pretrained(wan_folder), **size)
+    of_hub = attnproc.estimate("owner/name", **size)
+    assert of_pipeline.grid == (5, 4, 4) and of_pipeline.density < 1.0
+    assert {**of_hub.to_dict(), "model": ""} == {**of_pipeline.to_dict(), "model": ""}
+    files = [file for name, file in asked if name == "owner/name"]
+    assert files == ["model_index.json", "transformer/config.json", "vae/config.json"]
 
 
 @pytest.mark.parametrize(
