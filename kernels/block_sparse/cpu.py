@@ -22,23 +22,13 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class Batch:
     """Query blocks that see equally many keys. Ids count over batch * heads * blocks."""
 
-    rows: int  # query blocks
-    columns: Tensor  # int64 (rows * listed key blocks,) the key block ids of each row, one row after the other
-    keys: int  # keys seen by each
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """All query blocks, those with equally many keys side by side: first the ones that see none, then the batches."""
-
-    order: Tensor  # int64, query block ids
-    place: Tensor  # int64, where in `order` each query block is
-    empty: int  # query blocks that see no key
-    batches: list[Batch]
+    rows: Tensor  # int64 (R,) query block ids
+    columns: Tensor  # int64 (R * listed key blocks,) the key block ids of each row, one row after the other
+    keys: int  # keys seen by each, 0 allowed
 
 
 # Masks are used by every layer and step, so what they boil down to is kept as long as they live.
-_schedules: WeakKeyDictionary[BlockMask, dict[tuple[int, int, int], Schedule]] = WeakKeyDictionary()
+_batches: WeakKeyDictionary[BlockMask, dict[tuple[int, int, int], list[Batch]]] = WeakKeyDictionary()
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
@@ -46,32 +36,32 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale:
     query, key, value = query.detach(), key.detach(), value.detach()  # writing into a buffer has no gradient
     batch, heads, query_length, head_dim = query.shape
     query_block, key_block = mask.block_size
-    schedule = _schedule(mask, batch, heads, head_dim * key.element_size())
-    query_rows = _blocks(query, query_block).index_select(0, schedule.order)
-    key_rows, value_rows = _blocks(key, key_block), _blocks(value, key_block)
-    outs = [query_rows.new_zeros(schedule.empty, query_block * head_dim)]
-    lses = [query_rows.new_full((schedule.empty, query_block), -torch.inf, dtype=torch.float32)]
+    batches = _batches_of(mask, batch, heads, head_dim * key.element_size())
+    query_rows, key_rows, value_rows = _blocks(query, query_block), _blocks(key, key_block), _blocks(value, key_block)
+    out = torch.empty_like(query_rows)
+    lse = query_rows.new_empty(out.shape[0], query_block, dtype=torch.float32)
     # Fresh memory for every batch would cost as much in page faults as the copying itself.
-    most = max((len(part.columns) for part in schedule.batches), default=0)
+    most = max(len(part.columns) for part in batches)
     key_buffer, value_buffer = (rows.new_empty(most, rows.shape[1]) for rows in (key_rows, value_rows))
-    first = schedule.empty
-    for part in schedule.batches:
-        shape = (part.rows, 1, -1, head_dim)
+    for part in batches:
+        if part.keys == 0:
+            out.index_fill_(0, part.rows, 0.0)
+            lse.index_fill_(0, part.rows, -torch.inf)
+            continue
+        shape = (len(part.rows), 1, -1, head_dim)
         keys, values = key_buffer[: len(part.columns)], value_buffer[: len(part.columns)]
         torch.index_select(key_rows, 0, part.columns, out=keys)
         torch.index_select(value_rows, 0, part.columns, out=values)
-        out, lse = flash(
-            query_rows[first : first + part.rows].view(shape),
+        part_out, part_lse = flash(
+            query_rows.index_select(0, part.rows).view(shape),
             keys.view(shape)[:, :, : part.keys],
             values.view(shape)[:, :, : part.keys],
             scale=scale,
         )
-        outs.append(out.reshape(part.rows, -1))
-        lses.append(lse.view(part.rows, query_block).float())
-        first += part.rows
-    out = torch.cat(outs).index_select(0, schedule.place).view(batch, heads, -1, head_dim)
-    lse = torch.cat(lses).index_select(0, schedule.place).view(batch, heads, -1)
-    return out[:, :, :query_length], lse[:, :, :query_length]
+        out.index_copy_(0, part.rows, part_out.reshape(len(part.rows), -1))
+        lse.index_copy_(0, part.rows, part_lse.view(len(part.rows), -1).float())
+    out = out.view(batch, heads, -1, head_dim)[:, :, :query_length]
+    return out, lse.view(batch, heads, -1)[:, :, :query_length]
 
 
 def _blocks(tensor: Tensor, size: int) -> Tensor:
@@ -85,15 +75,15 @@ def _blocks(tensor: Tensor, size: int) -> Tensor:
     return tensor.reshape(-1, size * head_dim)
 
 
-def _schedule(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> Schedule:
-    made = _schedules.setdefault(mask, {})
+def _batches_of(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> list[Batch]:
+    made = _batches.setdefault(mask, {})
     name = (batch, heads, bytes_per_key)
     if name not in made:
-        made[name] = _make_schedule(mask, batch, heads, bytes_per_key)
+        made[name] = _make_batches(mask, batch, heads, bytes_per_key)
     return made[name]
 
 
-def _make_schedule(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> Schedule:
+def _make_batches(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> list[Batch]:
     keys = mask.visible_keys.expand(batch, heads, -1).reshape(-1)
     order = keys.argsort(stable=True)
     # Row r of the expanded mask reads row list_of[r] of the stored lists, shifted to its own head's key blocks.
@@ -102,11 +92,11 @@ def _make_schedule(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) 
     lists = mask.indices.reshape(-1, mask.indices.shape[-1])
 
     budget = GATHER_BYTES * torch.get_num_threads()
-    batches: list[Batch] = []
+    made = []
     lengths, groups = keys[order].unique_consecutive(return_counts=True)
     for seen, rows in zip(lengths.tolist(), order.split(groups.tolist()), strict=True):
         listed = count_blocks(seen, mask.block_size[1])
-        for part in rows.split(max(budget // (2 * seen * bytes_per_key), 1)) if seen else ():
+        for part in rows.split(max(budget // max(2 * seen * bytes_per_key, 1), 1)):
             columns = lists[list_of[part], :listed] + first_column[part, None]
-            batches.append(Batch(len(part), columns.reshape(-1), seen))
-    return Schedule(order, order.argsort(), int((keys == 0).sum()), batches)
+            made.append(Batch(part, columns.reshape(-1), seen))
+    return made
