@@ -136,6 +136,7 @@ class RunContext:
 
     def begin(self, loop: object, scheduler: Callable[[], Any]) -> None:
         """A pipeline enters a denoising loop, `loop` stands for it."""
+        self._start_over()
         self.scheduler = scheduler
         self._loop, self._ended = loop, True
 
@@ -171,7 +172,7 @@ class RunContext:
             value = float(torch.as_tensor(timestep).float().max())  # tokens that are given (TI2V) have timestep 0
             place = _position(value, timesteps)
             if place is None:  # bare model: calls with one timestep are one step, one further back starts a new run
-                last = self._value
+                last = None if fresh else self._value
                 again = last is None or (value < last if self.family.timesteps_rise else value > last)
                 fresh = fresh or again
                 index = 0 if again else self._index + int(value != last)
@@ -179,7 +180,8 @@ class RunContext:
                 assert timesteps is not None
                 if fresh or place < self._place:
                     self._first = place
-                begin = getattr(self.scheduler(), "begin_index", self._first) or 0  # some schedulers have none
+                begin = getattr(self.scheduler(), "begin_index", None)
+                begin = self._first if begin is None else begin
                 index, total = max(0, place - begin), len(timesteps) - begin
                 self._place = place
         branch = None if name is None else BRANCHES.get(name, name)

@@ -254,7 +254,8 @@ class Family:
         return arguments.get("timestep")
 
 
-@torch.library.custom_op("attnproc::attend", mutates_args=())
+# What happens inside changes from step to step, so a CUDA graph must not replay it.
+@torch.library.custom_op("attnproc::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend_op(
     query: Tensor,
     key: Tensor,

@@ -243,19 +243,12 @@ def test_an_unknown_model_is_exact_and_says_why_it_is_dense(run, random_mask):
         "encoder_hidden_states": torch.randn(2, 7, 24),
         "timestep": torch.full((2,), 500),
         "attention_mask": torch.ones(2, 2, 8, 8),
-        "image_rotary_emb": _allegro_rotary(model),
     }
     expected = run(model, inputs)
     attnproc.install(model, random_mask(dense_steps=(0.25, 1)))  # fractions of a run whose length is not known
     with pytest.warns(attnproc.AttnProcWarning):
         assert torch.equal(run(model, inputs), expected)
     assert list(attnproc.report(model).fallbacks.values()) == [1]
-
-
-def _allegro_rotary(model):
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
-
-    return get_3d_rotary_pos_embed_allegro(12, ((0, 0), (4, 4)), (4, 4), 2, theta=10000.0) and None
 
 
 def test_a_model_without_attention_is_refused():

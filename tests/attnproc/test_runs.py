@@ -258,3 +258,26 @@ def test_without_a_timestep_there_is_no_step(tiny_models, recording):
     attnproc.install(model, recording())
     with pytest.raises(attnproc.UnsupportedError, match="without a timestep"):
         model(**{**inputs, "timestep": None})
+
+
+def test_the_report_of_a_run_that_stopped_early_has_nothing_of_the_run_before(tiny_pipelines, generate, recording):
+    pipe, inputs = tiny_pipelines["wan"](two_experts=True)
+    pipe.attn_processor = recording()
+    generate(pipe, inputs, steps=6)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, inputs, steps=6, callback_on_step_end=stop)
+    calls = {(site.denoiser, site.dense_calls) for site in attnproc.report(pipe).sites}
+    assert calls == {("transformer", 2), ("transformer_2", 0)}
+
+
+def test_a_bare_model_after_a_pipeline_starts_a_run_of_its_own(wan, generate, recording, tiny_models, run):
+    pipe, inputs = wan
+    pipe.attn_processor = processor = recording()
+    generate(pipe, inputs)
+    processor.calls.clear()
+    run(pipe.transformer, {**tiny_models["wan"].inputs(1), "timestep": torch.tensor([3])})
+    assert processor.trace == [(0, "call0")]
