@@ -127,11 +127,11 @@ def _backend_problem(name: str, query: Tensor, mask: BlockMask) -> str | None:
 
 
 def _triton_problem() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    if not torch.cuda.is_available() and not _triton_interpreted():
-        return "no CUDA device is available"
-    return None
+    try:
+        interpreted = _triton_interpreted()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    return None if interpreted or torch.cuda.is_available() else "no CUDA device is available"
 
 
 def _triton_interpreted() -> bool:

@@ -141,9 +141,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale:
     order, counts = (x.expand(batch, heads, -1) for x in (mask.row_order, mask.visible_counts))
     indices = mask.indices.expand(batch, heads, -1, -1)
     # Without padding nothing is read through this pointer.
-    valid = (counts if mask.key_valid is None else mask.key_valid).flatten()[:1]
-    if mask.key_valid is not None:
-        valid = mask.key_valid.expand(batch)
+    valid = counts if mask.key_valid is None else mask.key_valid.expand(batch)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     query_tile, key_tile, warps, stages = launch_shape(query, padded_dim, mask.block_size)
     grid = (mask.grid[0] * (mask.block_size[0] // query_tile), batch * heads)
@@ -163,7 +161,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale:
 def launch_shape(query: Tensor, padded_dim: int, block_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(query tile, key tile, warps, pipeline stages): tiles that divide the mask's blocks and fit in shared memory.
 
-    Chosen from what the compiler reports for sm_80 and sm_90: the largest tiles whose registers do not spill.
+    Chosen from what the compiler reports for sm_80 and sm_90: the largest tiles whose registers hardly spill.
     """
     if query.dtype == torch.float32:  # at full precision there are no tensor cores: registers are the limit
         query_tile, key_tile, warps, most_stages = (64, 32, 8, 2) if padded_dim <= 64 else (16, 16, 4, 2)
