@@ -112,7 +112,7 @@ def main() -> None:
 
     device = pick_device(args.device)
     folder = args.model or shapes_video_path()
-    pipe: Any = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    pipe: Any = WanPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     cases = held_out_cases(args.cases, args.seed)
     size = SIZES[args.size]

@@ -8,6 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
 from attnproc.demos.shapes import shapes_video_path
 from attnproc.demos.shapes.evaluate import generate, held_out_cases, score, summary
 from attnproc.demos.shapes.latent_pool import TEXT_LENGTH, LatentPool
@@ -24,7 +26,6 @@ from attnproc.demos.shapes.train_transformer import (
     use_short_text,
 )
 from attnproc.demos.shapes.training import Average, Checkpoint, Shards, learning_rate
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from attnproc.demos.shapes.detect import agreement, detect, match
 from attnproc.demos.shapes.render import render
 from attnproc.demos.shapes.scene import (
