@@ -1,6 +1,13 @@
 """python -m attnproc.demos.shapes.train autoencoder|transformer: trains the two halves of shapes-video.
 
-Both can be stopped at any time and go on with --resume.
+The autoencoder comes first; the transformer then reads it from the same folder:
+
+    python -m attnproc.demos.shapes.train autoencoder --size cpu --steps 4400 --out runs/cpu --resume
+    python -m attnproc.demos.shapes.train transformer --size cpu --steps 5400 --out runs/cpu --resume
+    python -m attnproc.demos.shapes.evaluate --size cpu --model runs/cpu/pipeline
+
+Both can be stopped at any time and go on with --resume. `--size gpu` has 128 x 128 pixels and a token grid of
+(5, 16, 16); it is meant for a CUDA GPU, where everything but the rendering runs under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -13,7 +20,11 @@ from .training import pick_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m attnproc.demos.shapes.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m attnproc.demos.shapes.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("part", choices=("autoencoder", "transformer"))
     parser.add_argument("--size", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--steps", type=int, required=True, help="length of the whole run, resumed or not")
