@@ -225,9 +225,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     notes = [f"{about['device']}; {about['threads']} CPU threads; {versions}; {about['date']}"]
     notes.append(f"Ours is the backend {backend!r}; dense is torch's scaled_dot_product_attention; batch 1.")
-    notes.append(
-        f"Medians of {repeats} interleaved calls on random tensors and fresh random masks of 128 x 128 blocks."
-    )
+    notes.append("CPU time of one thread, as the machine was busy." if options.busy else "Wall time.")
+    notes.append(f"Medians of {repeats} interleaved calls on random tensors and masks of 128 x 128 blocks.")
     notes += [f"FlexAttention n/a: {reason}" for reason in sorted(reasons - {""})]
     result = {
         **about,
