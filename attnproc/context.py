@@ -37,6 +37,21 @@ class Site:
     stats: SiteStats
 
 
+class Loop:
+    """A walk through a schedule. The denoisers that take part in it (two experts) count from the same start."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._place = 0
+
+    def index(self, place: int) -> int:
+        """Step of this walk at a place in the schedule. Image- and video-to-video start in its middle."""
+        if self.first is None or place < self._place:  # the next window of a long video starts over
+            self.first = place
+        self._place = place
+        return place - self.first
+
+
 class RunContext:
     """Watches the calls of one denoiser; all its sites read from here, and nobody counts calls.
 
@@ -57,8 +72,8 @@ class RunContext:
         self._states: dict[tuple[int, str], dict[Any, Any]] = {}
         self._warned: set[str] = set()
         self._named: tuple[str, dict[str, Any]] | None = None
-        self._loop: object | None = None
-        self._place = self._first = 0
+        self._loop: Loop | None = None  # of the pipeline that is running
+        self._walk = Loop()  # where no pipeline is
         self._start_over()
         self._ended = True
 
@@ -134,13 +149,13 @@ class RunContext:
 
     # -- runs and steps ----------------------------------------------------------------------------------------------
 
-    def begin(self, loop: object, scheduler: Callable[[], Any]) -> None:
-        """A pipeline enters a denoising loop, `loop` stands for it."""
+    def begin(self, loop: Loop, scheduler: Callable[[], Any]) -> None:
+        """A pipeline enters a denoising loop."""
         self._start_over()
         self.scheduler = scheduler
         self._loop, self._ended = loop, True
 
-    def end(self, loop: object) -> None:
+    def end(self, loop: Loop) -> None:
         """A pipeline left a denoising loop, whatever the cause: what methods remember is freed, the report stays."""
         if self._loop is loop:  # a loop that was given up may be noticed as late as in the next one
             self._states.clear()
@@ -158,7 +173,8 @@ class RunContext:
 
     def _advance(self, timestep: Any, grid: Grid | None) -> None:
         name, facts = self._named or (None, {})
-        timesteps = getattr(self.scheduler(), "timesteps", None)
+        scheduler = self.scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
         fresh = self._ended or (self._timesteps is not None and timesteps is not self._timesteps)
         value = total = None
         if facts.get("step_index") is not None:
@@ -170,20 +186,18 @@ class RunContext:
             )
         else:
             value = float(torch.as_tensor(timestep).float().max())  # tokens that are given (TI2V) have timestep 0
-            place = _position(value, timesteps)
-            if place is None:  # bare model: calls with one timestep are one step, one further back starts a new run
-                last = None if fresh else self._value
-                again = last is None or (value < last if self.family.timesteps_rise else value > last)
-                fresh = fresh or again
-                index = 0 if again else self._index + int(value != last)
-            else:  # image- and video-to-video start in the middle of the schedule
-                assert timesteps is not None
-                if fresh or place < self._place:
-                    self._first = place
-                begin = getattr(self.scheduler(), "begin_index", None)
-                begin = self._first if begin is None else begin
-                index, total = max(0, place - begin), len(timesteps) - begin
-                self._place = place
+            # Exact, where pipelines round timesteps to bfloat16; None before the first step of a run.
+            place = None if self._loop is None else getattr(scheduler, "step_index", None)
+            place = _position(value, timesteps) if place is None else int(place)
+            if place is None:
+                index, fresh = self._count(value, fresh)
+                total = None if self._loop is None or timesteps is None else len(timesteps)
+            else:
+                if fresh:
+                    self._walk = Loop()
+                walk = self._loop or self._walk
+                index = walk.index(place)
+                total = len(timesteps) - (walk.first or 0)  # type: ignore[arg-type]
         branch = None if name is None else BRANCHES.get(name, name)
         repeated = index == self._index == 0 and branch in self._seen and self._loop is None
         if fresh or index < self._index or repeated:
@@ -197,6 +211,19 @@ class RunContext:
         self._index, self._value, self._timesteps = index, value, timesteps
         self._seen.add(branch)
         self.step = Step(index, total, branch, grid)
+
+    def _count(self, value: float, fresh: bool) -> tuple[int, bool]:
+        """Step and whether a run starts, for a model whose timesteps are not those of the scheduler.
+
+        Calls with one timestep are one step. Without a pipeline to tell, a timestep further back starts a new run.
+        """
+        last = None if fresh else self._value
+        if last is None:
+            return 0, True
+        back = value < last if self.family.timesteps_rise else value > last
+        if back and self._loop is None:
+            return 0, True
+        return self._index + int(value != last), fresh
 
 
 def context_of(model: nn.Module) -> RunContext | None:

@@ -6,15 +6,16 @@ the speed-up, is larger; norms, the autoencoder, the text encoder and planning m
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from attnproc.errors import SettingsError
 from attnproc.layout import Grid, TokenLayout
 from attnproc.model_facts import model_facts, read_configs
 from attnproc.processor import AttnProcessor
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 # Below this ceiling, planning and the cost of sparse kernels are likely to eat what could be gained.
 WORTHWHILE = 1.3
@@ -73,8 +74,10 @@ class Estimate:
         """Plain data, ready for JSON."""
         return {**dataclasses.asdict(self), "grid": list(self.grid), "tokens": self.tokens}
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The estimate as a rich table."""
+        from rich.table import Table
+
         table = Table(title=f"{self.method} on {self.model}, before the run", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
@@ -99,6 +102,8 @@ class Estimate:
         return table
 
     def __repr__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=120)
         with console.capture() as capture:
             console.print(self.table())
@@ -191,9 +196,9 @@ def plan_bytes(tokens: int, density: float, block_size: tuple[int, int], maps: i
 def _mask_bytes(processor: AttnProcessor, layout: TokenLayout, density: float) -> int:
     if density >= 1.0:
         return 0
-    fixed_pattern = getattr(processor, "mask", None)
-    if fixed_pattern is not None:  # uneven rows are stored at the length of the longest, so count the real thing
-        return fixed_pattern(layout).nbytes
+    mask = processor.mask(layout)
+    if mask is not None:  # uneven rows are stored at the length of the longest, so count the real thing
+        return mask.nbytes
     block = processor.block_size or 128
     return plan_bytes(layout.tokens, density, (block, block))
 

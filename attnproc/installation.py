@@ -1,6 +1,6 @@
 """Setting a processor on a pipeline or model and taking it off again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from attnproc.context import RunContext, Site, context_of, scheduler_of
+from attnproc.context import Loop, RunContext, Site, context_of, scheduler_of
 from attnproc.errors import SettingsError
 from attnproc.families import family_of
 from attnproc.families.base import Family
@@ -173,29 +173,49 @@ def _with_loop_bounds(progress_bar: Any) -> Any:
     """Every denoising loop runs inside the pipeline's progress bar, which is closed on each way out of the loop."""
 
     @wraps(progress_bar)
-    def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        bar = progress_bar(pipe, *args, **kwargs)
-        contexts, loop = _contexts(pipe), object()
+    def bounded(pipe: Any, iterable: Any = None, total: int | None = None) -> Any:
+        contexts, loop = _contexts(pipe), Loop()
+        if not contexts:
+            return progress_bar(pipe, iterable, total)
         for context in contexts:
             context.begin(loop, scheduler_of(pipe))
+
+        def end() -> None:
+            for context in contexts:
+                context.end(loop)
 
         def close_and_end() -> None:
             del bar.close  # the bar's own again
             bar.close()
-            for context in contexts:
-                context.end(loop)
+            end()
 
-        if contexts:
-            bar.close = close_and_end
+        bar = progress_bar(pipe, None if iterable is None else _Watched(iterable, end), total)
+        bar.close = close_and_end
         return bar
 
     return bounded
 
 
+class _Watched:
+    """An iterable that tells when it was left: a bar that is switched off iterates without closing."""
+
+    def __init__(self, iterable: Any, left: Callable[[], None]):
+        self._iterable, self._left = iterable, left
+
+    def __len__(self) -> int:
+        return len(self._iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._iterable
+        finally:
+            self._left()
+
+
 def _with_call_bounds(call: Any) -> Any:
     @wraps(call)
     def bounded(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        contexts, loop = _contexts(pipe), object()
+        contexts, loop = _contexts(pipe), Loop()
         for context in contexts:
             context.begin(loop, scheduler_of(pipe))
         try:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
-from attnproc.kernels import BlockMask
+from attnproc.kernels import BACKENDS, BlockMask
 from attnproc.layout import AttentionCall, Step, TokenLayout
 
 QUALITIES = ("high", "balanced", "fast")
@@ -64,6 +64,10 @@ class AttnProcessor:
         for key, value in self.dial.get(self.quality, {}).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
+        if self.backend not in ("auto", *BACKENDS):
+            raise SettingsError(f"backend={self.backend!r} is not known; choose one of auto, {', '.join(BACKENDS)}.")
+        if not isinstance(self.strict, bool):
+            raise SettingsError(f"strict={self.strict!r} must be True or False.")
         self.dense_steps = _dense_steps(self.dense_steps)
         self.dense_layers = _dense_layers(self.dense_layers)
         if self.block_size is not None and (not _is_int(self.block_size) or self.block_size < 1):
@@ -78,6 +82,10 @@ class AttnProcessor:
     def predicted_density(self, layout: TokenLayout) -> float:
         """Kept share of query-key pairs that `plan` will have on this layout, known without data. 1.0 = dense."""
         raise NotImplementedError
+
+    def mask(self, layout: TokenLayout) -> BlockMask | None:
+        """The mask of a layout where the pattern is fixed and so known without data, on the CPU; else None."""
+        return None
 
     def check(self, layout: TokenLayout) -> None:
         """Raises SettingsError if these settings cannot be used with a layout. Called as a run starts."""
@@ -141,6 +149,11 @@ class AttnProcessor:
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """Makes a processor with published settings; keyword arguments override single ones."""
+        if "quality" in overrides:
+            raise SettingsError(
+                f"preset {name!r} and quality={overrides['quality']!r} came together; a preset fixes what quality "
+                "stands for. Leave one out."
+            )
         presets = cls.presets()
         if name not in presets:
             raise SettingsError(

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -122,8 +123,10 @@ class Report:
             "sites": [dataclasses.asdict(site) for site in self.sites],
         }
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The report as a rich table."""
+        from rich.table import Table
+
         table = Table(title=f"attention density {self.density:.3f}, dense steps and layers included")
         for heading in ("site", "method"):
             table.add_column(heading)
@@ -149,6 +152,8 @@ class Report:
 
     def __repr__(self) -> str:
         text = io.StringIO()
+        from rich.console import Console
+
         Console(width=160, file=text).print(self.table())
         return text.getvalue()
 

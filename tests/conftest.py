@@ -32,11 +32,11 @@ class RandomMaskProcessor(AttnProcessor):
 
     def plan(self, call):
         self.layers.append(call.layer)
-        mask = self.mask(call.layer, call.layout.tokens)
+        mask = self.kept(call.layer, call.layout.tokens)
         valid = call.layout.key_valid
         return Plan(mask if valid is None else mask.with_key_valid(valid))
 
-    def mask(self, layer, tokens):
+    def kept(self, layer, tokens):
         blocks = -(-tokens // self.block_size)
         generator = torch.Generator().manual_seed(1000 * layer + tokens)
         kept = torch.rand(blocks, blocks, generator=generator) < self.density

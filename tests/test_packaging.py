@@ -111,6 +111,17 @@ def test_the_finder_answers_for_its_names_only():
         assert finder.find_spec(name) is None
 
 
+def test_it_imports_with_torch_and_diffusers_alone():
+    code = """
+import sys
+for name in ("triton", "gradio", "rich", "typer", "yaml", "av", "imageio", "peft"):
+    sys.modules[name] = None
+import attnproc
+attnproc.RadialAttnProcessor()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_it_imports_beside_hugging_face_kernels_and_without_optional_packages(tmp_path):
     """diffusers and transformers import a package named `kernels` when there is one; ours must not be taken for it."""
     (tmp_path / "kernels").mkdir()

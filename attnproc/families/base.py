@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnproc import compat
-from attnproc.kernels import block_sparse_attention
+from attnproc.errors import SettingsError
+from attnproc.kernels import block_sparse_attention, choose_backend
 from attnproc.layout import AttentionCall, Grid, TokenLayout
 from attnproc.processor import Dense
 
@@ -138,7 +139,20 @@ class SiteProcessor:
         layout = TokenLayout(grid, text_tokens, text_valid)  # type: ignore[arg-type]
         if step.index == 0:
             processor.check(layout)
+            self._check_backend(query, layout)
         return Dense() if asked_for else layout
+
+    def _check_backend(self, query: Tensor, layout: TokenLayout) -> None:
+        """Finds out as a run starts, not when its dense steps are over, whether the backend can take the masks."""
+        assert self.context is not None
+        processor = self.context.processor
+        mask = processor.mask(layout) if self.layer == 0 else None
+        if mask is None or processor.predicted_density(layout) == 1.0:
+            return
+        try:
+            choose_backend(query, mask, processor.backend)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
     def _answer(
         self,

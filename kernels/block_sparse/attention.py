@@ -12,6 +12,7 @@ from .errors import bad_argument
 
 BACKENDS = ("triton", "flex", "cpu", "oracle")
 MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @overload
@@ -173,7 +174,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise bad_argument(
                 name, came, "a tensor (batch, heads, tokens, head_dim)", "Diffusers' own order needs .transpose(1, 2)."
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise bad_argument(name, str(tensor.dtype), "float32, float16, bfloat16 or float64", "Cast it first.")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise bad_argument(

@@ -149,7 +149,7 @@ class BlockMask:
                 f"values from 0 to key_length = {self.key_length}",
                 "Count only keys that exist.",
             )
-        return replace(self, key_valid=key_valid.to(self.device, torch.int32))
+        return replace(self, key_valid=key_valid.to(self.device, torch.int32, copy=True))
 
     @classmethod
     def from_flex(cls, flex: "FlexBlockMask", key_valid: Tensor | None = None) -> "BlockMask":
@@ -228,7 +228,7 @@ class BlockMask:
         cut = ((last + 1) * self.block_size[1] - valid).clamp(min=0)
         return torch.where(counts > 0, counts * self.block_size[1] - cut, 0).int()
 
-    @property
+    @cached_property
     def density(self) -> float:
         """Kept (query, key) token pairs over query_length * key_length; the mean over samples and heads.
 

@@ -5,6 +5,7 @@ online softmax. Scores are in base 2 (log2 e is folded into the scale); sums and
 Programs of query blocks with long lists are launched first, so that no long one is left running alone at the end.
 """
 
+import functools
 import math
 
 import torch
@@ -158,6 +159,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale:
     return out, lse
 
 
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Shared memory in bytes that one program can have; asking the driver is too slow for every call."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
 def launch_shape(query: Tensor, padded_dim: int, block_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(query tile, key tile, warps, pipeline stages): tiles that divide the mask's blocks and fit in shared memory.
 
@@ -172,9 +179,7 @@ def launch_shape(query: Tensor, padded_dim: int, block_size: tuple[int, int]) ->
     query_tile, key_tile = min(query_tile, block_size[0]), min(key_tile, block_size[1])
     if query_tile <= 64 and query.dtype != torch.float32:
         warps = 4
-    memory = SMALL_SHARED_MEMORY
-    if query.is_cuda:
-        memory = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
+    memory = _shared_memory(query.device.index) if query.is_cuda else SMALL_SHARED_MEMORY
     stages = most_stages
     while stages > 1 and (query_tile + 2 * stages * key_tile) * padded_dim * query.element_size() > memory:
         stages -= 1

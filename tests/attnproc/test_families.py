@@ -49,7 +49,7 @@ class MaskedStock(TorchFunctionMode):
             return func(*args, **kwargs)
         layer = self.order[next(self.calls) // self.samples]
         full = tokens if self.samples == 1 else self.tokens_with_text
-        mask = self.processor.mask(layer, full).token_mask()[0, 0, :tokens, :tokens]
+        mask = self.processor.kept(layer, full).token_mask()[0, 0, :tokens, :tokens]
         if self.text_first:
             turned = torch.arange(tokens).roll(tokens - self.video_tokens)
             mask = mask[turned][:, turned]

@@ -235,7 +235,7 @@ def test_the_report_is_plain_data_and_prints(wan, generate, random_mask):
     report = attnproc.report(pipe)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["settings"]["transformer"]["settings"]["density"] == 0.3
-    mask = pipe.attn_processor.mask(0, 105)
+    mask = pipe.attn_processor.kept(0, 105)
     assert report.sites[0].density_mean == report.sites[0].density_min == pytest.approx(mask.density)
     sparse = [site.density_mean for site in report.sites]
     assert report.sparse_density == pytest.approx(sum(sparse) / 2)

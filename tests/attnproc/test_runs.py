@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import attnproc
-from attnproc.context import context_of
+from attnproc.context import Loop, context_of
 
 BOTH, ONE, BATCHED = ("cond", "uncond"), ("cond",), ("cond_uncond",)
 TRACES = {
@@ -281,3 +281,73 @@ def test_a_bare_model_after_a_pipeline_starts_a_run_of_its_own(wan, generate, re
     processor.calls.clear()
     run(pipe.transformer, {**tiny_models["wan"].inputs(1), "timestep": torch.tensor([3])})
     assert processor.trace == [(0, "call0")]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+    ],
+)
+def test_a_second_expert_that_starts_late_counts_from_the_start_of_the_loop(scheduler, tiny_models, run, recording):
+    """As in Wan 2.2 image-to-video, which tells no step: each expert is called in its part of the schedule alone."""
+    tiny = tiny_models["wan"]
+    experts, traces = [tiny.model(), tiny.model()], [recording(), recording()]
+    loop = Loop()
+    for expert, trace in zip(experts, traces, strict=True):
+        attnproc.install(expert, trace)
+        context_of(expert).begin(loop, lambda: scheduler)
+    scheduler.set_timesteps(8)
+    sample = torch.zeros(1, 2)
+    for number, t in enumerate(scheduler.timesteps):
+        run(experts[number >= 3], {**tiny.inputs(1), "timestep": t.expand(1)})
+        sample = scheduler.step(sample, t, sample, return_dict=False)[0]
+    assert [step.index for step in traces[0].calls] == [0, 1, 2]
+    assert [step.index for step in traces[1].calls] == [3, 4, 5, 6, 7]
+    assert {step.total for trace in traces for step in trace.calls} == {8}
+
+
+def test_in_a_pipeline_rounded_timesteps_that_fall_together_are_still_steps(tiny_models, run, recording):
+    tiny = tiny_models["wan"]
+    model = tiny.model()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=17.0)
+    attnproc.install(model, processor := recording())
+    context_of(model).begin(Loop(), lambda: scheduler)
+    scheduler.set_timesteps(30)
+    assert len({float(t.bfloat16()) for t in scheduler.timesteps}) < 30
+    sample = torch.zeros(1, 2)
+    for t in scheduler.timesteps:
+        run(model, {**tiny.inputs(1), "timestep": t.bfloat16().expand(1)})
+        sample = scheduler.step(sample, t, sample, return_dict=False)[0]
+    assert [step.index for step in processor.calls] == list(range(30))
+
+
+def test_in_a_pipeline_timesteps_of_the_models_own_scale_are_counted(tiny_models, run, recording):
+    tiny = tiny_models["wan"]
+    model = tiny.model()
+    attnproc.install(model, processor := recording())
+    context_of(model).begin(Loop(), lambda: None)
+    for t in (0.1, 0.1, 0.4, 0.4, 0.9, 0.9):
+        run(model, {**tiny.inputs(1), "timestep": torch.tensor([t])})
+    assert processor.trace == [(step, f"call{call}") for step in range(3) for call in range(2)]
+
+
+def test_a_backend_that_cannot_run_is_an_error_in_the_first_step(tiny_models, run):
+    tiny = tiny_models["wan"]
+    model = tiny.model()
+    rule = {"block_size": 8, "band_limit": 1, "max_density": 1.0}
+    attnproc.install(model, attnproc.RadialAttnProcessor(backend="triton", dense_steps=2, **rule))
+    with pytest.raises(attnproc.SettingsError, match="triton"):
+        run(model, {**tiny.inputs(1), "timestep": torch.tensor([900.0])})
+
+
+def test_a_bar_that_is_switched_off_ends_its_loop_too(wan):
+    pipe, _ = wan
+    pipe.attn_processor = attnproc.DenseAttnProcessor()
+    pipe.set_progress_bar_config(disable=True)
+    context = context_of(pipe.transformer)
+    seen = []
+    for item in pipe.progress_bar([1, 2]):
+        seen.append((item, context._loop is not None))
+    assert seen == [(1, True), (2, True)] and context._loop is None

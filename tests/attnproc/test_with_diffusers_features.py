@@ -362,7 +362,7 @@ def test_ulysses_on_two_ranks_is_one_process(tiny_models, run, random_mask, tmp_
         attnproc.install(model, processor)
         expected[name] = run(model, inputs)
     torch.save({"config": tiny.config, "state": model.state_dict(), "inputs": inputs}, tmp_path / "model.pt")
-    blocks = [random_mask(density=0.4).mask(layer, 64).to_blocks()[0, 0] for layer in range(2)]
+    blocks = [random_mask(density=0.4).kept(layer, 64).to_blocks()[0, 0] for layer in range(2)]
     torch.save(blocks, tmp_path / "blocks.pt")
     ranks = [
         subprocess.Popen(
