@@ -114,7 +114,7 @@ def test_the_finder_answers_for_its_names_only():
 def test_it_imports_with_torch_and_diffusers_alone():
     code = """
 import sys
-for name in ("triton", "gradio", "rich", "typer", "yaml", "av", "imageio", "peft"):
+for name in ("triton", "gradio", "rich", "typer", "av", "imageio"):
     sys.modules[name] = None
 import attnproc
 attnproc.RadialAttnProcessor()
