@@ -122,6 +122,8 @@ def _backend_problem(name: str, query: Tensor, mask: BlockMask) -> str | None:
             return f"CUDA tensors, not {device} (or TRITON_INTERPRET=1, to test)"
         if any(size < 16 or size & (size - 1) for size in mask.block_size):
             return f"a mask whose blocks are powers of two of at least 16 tokens, not {mask.block_size}"
+        if query.dtype == torch.bfloat16 and device != "cuda":
+            return "float32 or float16 tensors in Triton's interpreter, which computes bfloat16 wrongly"
         if query.dtype == torch.float64:
             return "float32, float16 or bfloat16 tensors, not float64"
     return None

@@ -19,6 +19,7 @@ WRONG = {
     "rank": ({"query": torch.randn(2, 40, 16)}, "query"),
     "not a tensor": ({"value": None}, "value"),
     "integers": ({"query": torch.ones(2, 2, 40, 16, dtype=torch.int32)}, "query"),
+    "8-bit floats": ({"query": torch.ones(2, 2, 40, 16).to(torch.float8_e4m3fn)}, "query"),
     "dtypes differ": ({"key": torch.randn(2, 2, 50, 16).half()}, "key"),
     "devices differ": ({"value": torch.randn(2, 2, 50, 16, device="meta")}, "value"),
     "no samples": (
@@ -109,6 +110,8 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         choose_backend(query, BlockMask.full(16, 16, (16, 24)), "triton")
     with pytest.raises(ValueError, match="not float64"):
         choose_backend(query.double(), mask, "triton")
+    with pytest.raises(ValueError, match="computes bfloat16 wrongly"):
+        choose_backend(query.bfloat16(), mask, "triton")
     monkeypatch.setattr(forward, "INTERPRETED", False)
     with pytest.raises(ValueError, match="CUDA"):
         choose_backend(query, mask, "triton")
