@@ -1,5 +1,6 @@
 """Finding, checking and loading the model of a run. Nothing but small JSON files is read before `load`."""
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def find_source(name: str) -> Source:
             f"model {name!r} is a {configs.pipeline_class}, which needs {', '.join(needed)}; expected one that needs a "
             "prompt alone. Use it in Python with `pipe.attn_processor`."
         )
-    facts = model_facts(configs) if configs.denoiser_class in CLASSES else None
+    facts = dataclasses.replace(model_facts(configs), name=name) if configs.denoiser_class in CLASSES else None
     return Source(name, location, configs.pipeline_class, configs.denoiser_class, facts, parameters)
 
 
