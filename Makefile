@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
-PROMPT ?= a striped red and white circle moving right on a navy background
+PROMPT ?= a red star moving right on a navy background
 
 .PHONY: video test lint types tests bench clean
 

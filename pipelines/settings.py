@@ -53,7 +53,7 @@ class RunSettings:
         if not self.prompt.strip():
             raise SettingsError(
                 "the prompt is empty; expected a description of the video. Write one, such as "
-                "'a red circle moving right on a white background'."
+                "'a red star moving right on a navy background'."
             )
         for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
             value = getattr(self, name)
