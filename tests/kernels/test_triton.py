@@ -113,3 +113,13 @@ def test_compiles_for_a_gpu_that_is_not_here():
 def test_is_the_choice_for_cuda_tensors(make_case, new_shape):
     case = make_case(new_shape(), device=DEVICE)
     assert choose_backend(case.query, case.mask) == ("triton", "CUDA tensors")
+
+
+def test_each_tensor_keeps_its_own_strides_and_the_scale_counts(seed, close):
+    fused = torch.randn(2, 50, 3, 2, 24, device=DEVICE)
+    query, key = fused[:, :, 0].transpose(1, 2), torch.randn(2, 2, 50, 24, device=DEVICE)
+    value = torch.randn(2, 50, 2, 24, device=DEVICE).transpose(1, 2)
+    assert len({query.stride(), key.stride(), value.stride()}) == 3
+    mask = BlockMask.full(50, 50, (16, 32), device=DEVICE)
+    out, lse = block_sparse_attention(query, key, value, mask, scale=0.7, backend="triton", return_lse=True)
+    close(out, lse, *oracle.attention(query, key, value, mask, 0.7))
