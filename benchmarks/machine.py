@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from attnproc.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,8 +45,8 @@ def save(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> Path
     slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     path = folder / f"{name}-{kind}-{slug}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown)
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), markdown)
     return path
 
 

@@ -174,16 +174,10 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise SettingsError(f"{name}={value!r} has the wrong type; expected {expected}. Correct the value.")
 
 
-def _check_backend(name: Any) -> None:
+def _check_backend(name: str) -> None:
     backends = available_backends()
     if name == "auto":
         return
-    if name not in backends:
-        match = difflib.get_close_matches(str(name), backends, n=1)
-        raise SettingsError(
-            f"backend={name!r} is not known; choose one of auto, {', '.join(backends)}."
-            + (f" Did you mean {match[0]!r}?" if match else "")
-        )
     if backends[name] is not None:
         raise SettingsError(
             f"backend={name!r} cannot be used here: {backends[name]}; expected one that can. "
