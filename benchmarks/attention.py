@@ -221,7 +221,7 @@ def main() -> None:
 
     about = machine.describe()
     example = torch.empty(1, 1, 128, 16, device=device)
-    backend = choose_backend(example, BlockMask.full(128, 128, (128, 128), device=device))[0]
+    backend = choose_backend(example, example, example, BlockMask.full(128, 128, (128, 128), device=device))[0]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     notes = [f"{about['device']}; {about['threads']} CPU threads; {versions}; {about['date']}"]
     notes.append(f"Ours is the backend {backend!r}; dense is torch's scaled_dot_product_attention; batch 1.")

@@ -150,7 +150,7 @@ class SiteProcessor:
         if mask is None or processor.predicted_density(layout) == 1.0:
             return
         try:
-            choose_backend(query, mask, processor.backend)
+            choose_backend(query, query, query, mask, processor.backend)
         except ValueError as error:
             raise SettingsError(str(error)) from error
 

@@ -1,7 +1,20 @@
 """Functions of tensors: block masks and block-sparse attention. Knows nothing of diffusers, models or steps."""
 
 from . import oracle
-from .attention import BACKENDS, available_backends, block_sparse_attention, choose_backend
+from .attention import block_sparse_attention, choose_backend
+from .backends import BACKENDS, available_backends
 from .block_mask import BlockMask
+from .quantize import Quantization
+from .rules import ChunkBits, Ranges
 
-__all__ = ["BACKENDS", "BlockMask", "available_backends", "block_sparse_attention", "choose_backend", "oracle"]
+__all__ = [
+    "BACKENDS",
+    "BlockMask",
+    "ChunkBits",
+    "Quantization",
+    "Ranges",
+    "available_backends",
+    "block_sparse_attention",
+    "choose_backend",
+    "oracle",
+]

@@ -1,16 +1,17 @@
 """block_sparse_attention: checks its arguments, chooses a backend, runs it."""
 
-import importlib.util
 import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from . import backends, op
 from .block_mask import BlockMask
 from .errors import bad_argument
+from .quantize import Quantization
+from .request import Request
 
-BACKENDS = ("triton", "flex", "cpu", "oracle")
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -24,6 +25,11 @@ def block_sparse_attention(
     *,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
+    return_skipped: Literal[False] = ...,
+    key_bias: Tensor | None = ...,
+    token_order: Tensor | None = ...,
+    skip_threshold: float | Tensor | None = ...,
+    quantization: Quantization | str | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -34,9 +40,14 @@ def block_sparse_attention(
     mask: BlockMask,
     *,
     scale: float | None = ...,
-    return_lse: Literal[True],
+    return_lse: bool = ...,
+    return_skipped: bool = ...,
+    key_bias: Tensor | None = ...,
+    token_order: Tensor | None = ...,
+    skip_threshold: float | Tensor | None = ...,
+    quantization: Quantization | str | None = ...,
     backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, ...]: ...
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -45,128 +56,130 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    return_skipped: bool = False,
+    key_bias: Tensor | None = None,
+    token_order: Tensor | None = None,
+    skip_threshold: float | Tensor | None = None,
+    quantization: Quantization | str | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention over the key blocks that `mask` keeps for each query block.
 
     query: (B, H, Sq, D) with D from 1 to 256, any strides; key, value: (B, H, Sk, D) of the same dtype and device.
     mask: lengths Sq and Sk; shared by the batch or the heads where its own sizes are 1.
     scale: multiplies the scores, D ** -0.5 by default.
-    backend: "auto" ("triton" for CUDA tensors, "cpu" for CPU tensors), or one of `BACKENDS` by name.
+    key_bias: float32 (B or 1, H or 1, Nk), added to the scaled scores of each key block, natural log: log n makes a
+        key count as n equal ones. Finite.
+    token_order: integers (H or 1, S), a permutation for each head: position p of the mask is token token_order[h, p].
+        Needs as many queries as keys. Results come in the order of the inputs.
+    skip_threshold: leave out listed blocks whose scores stay this far below the running maximum of every row of the
+        query block, in powers of 2 (SpargeAttn, second stage): above 0, one for all heads or float32 (H,); infinity
+        never skips. A skipped block changes a row by less than block size * 2 ** -skip_threshold of its maximum.
+    quantization: compute in 8 bits, see `Quantization`; a string such as "int8" or "int8+fp8" is parsed.
+    backend: "auto" takes the fastest that can run the call, or one of `BACKENDS` by name.
 
-    Returns out (B, H, Sq, D) in the dtype of query and, if asked, the log-sum-exp of the scaled scores, float32
-    (B, H, Sq), natural log. A query that sees no key gets zeros and -inf. Forward only: inputs that require a
-    gradient raise NotImplementedError while gradients are enabled. Bad arguments raise ValueError.
+    Returns out (B, H, Sq, D) in the dtype of query; if asked, the log-sum-exp of the scaled scores, float32
+    (B, H, Sq), natural log; and if asked, the number of skipped key blocks, int32 (B, H, Nq). A query that sees no
+    key gets zeros and -inf. Differentiable in query, key and value, through out and log-sum-exp, unless blocks are
+    skipped or scores quantized. Bad arguments raise ValueError.
     """
+    request = make_request(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        key_bias=key_bias,
+        token_order=token_order,
+        skip_threshold=skip_threshold,
+        quantization=quantization,
+    )
+    # What is installed is no matter for a graph: compiled code chooses when it runs.
+    name = backend if torch.compiler.is_compiling() else backends.choose(request, backend)[0]
+    out, lse, skipped = op.call(request, name)
+    more = [*([lse] if return_lse else []), *([skipped] if return_skipped else [])]
+    return (out, *more) if more else out
+
+
+def choose_backend(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, backend: str = "auto", **options
+) -> tuple[str, str]:
+    """The backend that `block_sparse_attention` would use for these arguments, and why, in words.
+
+    Raises ValueError where the call would.
+    """
+    return backends.choose(make_request(query, key, value, mask, **options), backend)
+
+
+def make_request(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    token_order: Tensor | None = None,
+    skip_threshold: float | Tensor | None = None,
+    quantization: Quantization | str | None = None,
+) -> Request:
+    """The arguments of `block_sparse_attention`, checked."""
     _check_tensors(query, key, value)
     _check_mask(query, key, mask)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     elif not math.isfinite(scale):
         raise bad_argument("scale", str(scale), "a finite number", "Leave it out for head_dim ** -0.5.")
-    name, _ = choose_backend(query, mask, backend)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        raise NotImplementedError(
-            f"block_sparse_attention: got inputs that require a gradient; backend {name!r} computes the forward pass "
-            "only. Call it under torch.no_grad(), or use dense attention for training."
-        )
-    out, lse = _run(name, query, key, value, mask, float(scale))
-    return (out, lse) if return_lse else out
-
-
-def available_backends() -> dict[str, str | None]:
-    """For each backend None if it can run on this machine, else the reason why not."""
-    return {
-        "triton": _triton_problem(),
-        "flex": _flex_problem(),
-        "cpu": None,
-        "oracle": None,
-    }
-
-
-def choose_backend(query: Tensor, mask: BlockMask, backend: str = "auto") -> tuple[str, str]:
-    """The backend a call would use and why, in words. Raises ValueError if the one asked for cannot take the call."""
-    if backend not in (*BACKENDS, "auto"):
-        raise bad_argument("backend", repr(backend), f"'auto' or one of {BACKENDS}", "'auto' suits the device.")
-    device = query.device.type
-    if backend == "auto":
-        if device not in ("cuda", "cpu"):
+    batch, heads, tokens, _ = query.shape
+    if key_bias is not None:
+        _check_option("key_bias", key_bias, query, ((1, batch), (1, heads), (mask.grid[1],)), (torch.float32,))
+    if token_order is not None:
+        if key.shape[2] != tokens:
             raise bad_argument(
-                "query",
-                f"a tensor on {query.device}",
-                "one on CUDA or CPU",
-                "Move the tensors, or ask for backend='flex' or 'oracle'.",
+                "token_order",
+                f"{tokens} queries and {key.shape[2]} keys",
+                "as many queries as keys",
+                "One order is for both; leave it out for cross-attention.",
             )
-        name, reason = ("triton", "CUDA tensors") if device == "cuda" else ("cpu", "CPU tensors")
-    else:
-        name, reason = backend, "asked for"
-    problem = _backend_problem(name, query, mask)
-    if problem is not None:
-        others = "'flex' or 'oracle'" if device == "cuda" else "'cpu', 'flex' or 'oracle'"
-        raise bad_argument("backend", f"{name!r} ({reason})", problem, f"Otherwise ask for {others}.")
-    return name, reason
+        _check_option("token_order", token_order, query, ((1, heads), (tokens,)), (torch.int32, torch.int64))
+    threshold = None
+    if skip_threshold is not None:
+        threshold = _threshold(skip_threshold, query)
+    found = Quantization.parse(quantization)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        for name, given in (("skip_threshold", threshold), ("quantization", found)):
+            if given is not None:
+                raise bad_argument(
+                    name,
+                    "inputs that require a gradient",
+                    "inference: there is no backward pass with it",
+                    f"Call it under torch.no_grad(), or leave {name} out.",
+                )
+    return Request(query, key, value, mask, float(scale), key_bias, token_order, threshold, found)
 
 
-def _backend_problem(name: str, query: Tensor, mask: BlockMask) -> str | None:
-    """What the backend would need and does not get, or None."""
-    device = query.device.type
-    if name == "cpu":
-        return None if device == "cpu" else f"CPU tensors, not {device}"
-    if name == "flex":
-        problem = _flex_problem()
-        return problem and f"torch with FlexAttention: {problem}"
-    if name == "triton":
-        if problem := _triton_problem():
-            return f"a machine that runs Triton: {problem}"
-        if device != "cuda" and not _triton_interpreted():
-            return f"CUDA tensors, not {device} (or TRITON_INTERPRET=1, to test)"
-        if any(size < 16 or size & (size - 1) for size in mask.block_size):
-            return f"a mask whose blocks are powers of two of at least 16 tokens, not {mask.block_size}"
-        if query.dtype == torch.bfloat16 and device != "cuda":
-            return "float32 or float16 tensors in Triton's interpreter, which computes bfloat16 wrongly"
-        if query.dtype == torch.float64:
-            return "float32, float16 or bfloat16 tensors, not float64"
-    return None
+def _threshold(given: float | Tensor, query: Tensor) -> Tensor:
+    heads = query.shape[1]
+    if isinstance(given, Tensor):
+        _check_option("skip_threshold", given, query, ((heads,),), (torch.float32,))
+        return given
+    if not given > 0.0:
+        raise bad_argument("skip_threshold", str(given), "a number above 0", "3 to 15 skips; None never does.")
+    return torch.full((heads,), float(given), dtype=torch.float32, device=query.device)
 
 
-def _triton_problem() -> str | None:
-    try:
-        interpreted = _triton_interpreted()
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); pip install triton"
-    return None if interpreted or torch.cuda.is_available() else "no CUDA device is available"
-
-
-def _triton_interpreted() -> bool:
-    """True where TRITON_INTERPRET=1 makes Triton kernels run on the CPU, one program after another."""
-    from .triton_forward import INTERPRETED
-
-    return INTERPRETED
-
-
-def _flex_problem() -> str | None:
-    if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
-        return f"torch {torch.__version__} has no FlexAttention"
-    return None
-
-
-def _run(name: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    if name == "triton":
-        from . import triton_forward
-
-        return triton_forward.attention(query, key, value, mask, scale)
-    if name == "flex":
-        from . import flex
-
-        return flex.attention(query, key, value, mask, scale)
-    if name == "cpu":
-        from . import cpu
-
-        return cpu.attention(query, key, value, mask, scale)
-    from . import oracle
-
-    out, lse = oracle.attention(query, key, value, mask, scale)
-    return out.to(query.dtype), lse.float()
+def _check_option(
+    name: str, tensor: Tensor, query: Tensor, sizes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    fits = len(tensor.shape) == len(sizes) and all(n in allowed for n, allowed in zip(tensor.shape, sizes, strict=True))
+    if not fits or tensor.dtype not in dtypes or tensor.device != query.device:
+        shape = ", ".join(" or ".join(str(n) for n in sorted(set(allowed))) for allowed in sizes)
+        raise bad_argument(
+            name,
+            f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}",
+            f"{' or '.join(map(str, dtypes))} of shape ({shape}) on {query.device}",
+            "A size of 1 is shared.",
+        )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

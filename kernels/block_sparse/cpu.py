@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask, count_blocks
+from .request import Request
 
 GATHER_BYTES = 1 << 21  # keys and values gathered at a time, per thread: they should stay in cache
 
@@ -31,9 +32,14 @@ class Batch:
 _batches: WeakKeyDictionary[BlockMask, dict[tuple[int, int, int], list[Batch]]] = WeakKeyDictionary()
 
 
+def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq)."""
+    out, lse = attention(request.query, request.key, request.value, request.mask, request.scale)
+    return out, lse, torch.zeros(*out.shape[:2], request.mask.grid[0], dtype=torch.int32)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """Returns out (B, H, Sq, D) in the dtype of query and lse float32 (B, H, Sq). Memory grows with the tokens."""
-    query, key, value = query.detach(), key.detach(), value.detach()  # writing into a buffer has no gradient
     batch, heads, query_length, head_dim = query.shape
     query_block, key_block = mask.block_size
     batches = _batches_of(mask, batch, heads, head_dim * key.element_size())

@@ -10,35 +10,45 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 from .block_mask import BlockMask
 from .errors import bad_argument
+from .request import Request
 
 CHECKED_TOKENS = 1 << 22  # (query, key) pairs of partial blocks looked at in one go
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns out (B, H, Sq, D) in the dtype of query and lse float32 (B, H, Sq)."""
-    query, key, value = query.detach(), key.detach(), value.detach()
+def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq), all 0."""
+    query, mask = request.query, request.mask
     asked = AuxRequest(lse=True)
-    out, found = flex_attention(query, key, value, block_mask=to_flex(mask), scale=scale, return_aux=asked)
+    out, found = flex_attention(
+        query, request.key, request.value, block_mask=to_flex(mask), scale=request.scale, return_aux=asked
+    )
     assert found.lse is not None
-    return out, found.lse.float()
+    skipped = torch.zeros(*query.shape[:2], mask.grid[0], dtype=torch.int32, device=query.device)
+    return out, found.lse.float(), skipped
 
 
 def to_flex(mask: BlockMask) -> FlexBlockMask:
     """The same mask for FlexAttention. Blocks cut by the end of the keys or by padding become partial blocks."""
-    blocks = mask.to_blocks()
+    if mask.query_offsets is not None or mask.key_offsets is not None:
+        raise bad_argument("mask", "ragged blocks", "equally large blocks", "FlexAttention has no others.")
+    partial, blocks = mask.partial_blocks(), mask.to_blocks()
     columns = torch.arange(mask.grid[1], device=mask.device)
     valid = torch.full((1,), mask.key_length, dtype=torch.int32, device=mask.device)
     if mask.key_valid is not None:
         valid = mask.key_valid
     some = blocks & (columns * mask.block_size[1] < valid.view(-1, 1, 1, 1))
-    whole = blocks & ((columns + 1) * mask.block_size[1] <= valid.view(-1, 1, 1, 1))
+    whole = blocks & ~partial & ((columns + 1) * mask.block_size[1] <= valid.view(-1, 1, 1, 1))
     # A size of 1 is shared: its index is always 0.
     batch_step, head_step, valid_step = (int(size > 1) for size in (*blocks.shape[:2], valid.shape[0]))
     query_block, key_block = mask.block_size
+    rule = mask.rule
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         # Uncompiled FlexAttention asks this alone and never looks at the lists, so it must say everything.
-        kept = blocks[batch * batch_step, head * head_step, row // query_block, column // key_block]
+        place = batch * batch_step, head * head_step, row // query_block, column // key_block
+        kept = blocks[place]
+        if rule is not None:
+            kept = kept & (~partial[place] | rule.visible(batch, head, row, column, column // key_block))
         return kept & (column < valid[batch * valid_step])
 
     return FlexBlockMask.from_kv_blocks(

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_mask import BlockMask
+from .request import Request
 
 LN_2 = tl.constexpr(math.log(2.0))
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes per program on consumer GPUs
@@ -131,6 +132,12 @@ def forward_kernel(
 
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq)."""
+    out, lse = attention(request.query, request.key, request.value, request.mask, request.scale)
+    return out, lse, torch.zeros(*out.shape[:2], request.mask.grid[0], dtype=torch.int32, device=out.device)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:

@@ -162,8 +162,8 @@ def test_cpu_memory_grows_with_tokens_not_their_square():
 
 def test_backends_are_listed_and_chosen_with_a_reason(make_case, new_shape):
     backends = available_backends()
-    assert set(backends) == {"triton", "flex", "cpu", "oracle"}
+    assert set(backends) == {"triton", "fa4", "flex", "cpu", "oracle"}
     assert backends["cpu"] is None and backends["oracle"] is None
     case = make_case(new_shape())
-    assert choose_backend(case.query, case.mask) == ("cpu", "CPU tensors")
-    assert choose_backend(case.query, case.mask, "oracle") == ("oracle", "asked for")
+    assert choose_backend(case.query, case.key, case.value, case.mask) == ("cpu", "CPU tensors")
+    assert choose_backend(case.query, case.key, case.value, case.mask, "oracle") == ("oracle", "asked for")

@@ -112,7 +112,7 @@ def test_compiles_for_a_gpu_that_is_not_here():
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_is_the_choice_for_cuda_tensors(make_case, new_shape):
     case = make_case(new_shape(), device=DEVICE)
-    assert choose_backend(case.query, case.mask) == ("triton", "CUDA tensors")
+    assert choose_backend(case.query, case.key, case.value, case.mask) == ("triton", "CUDA tensors")
 
 
 def test_each_tensor_keeps_its_own_strides_and_the_scale_counts(seed, close):

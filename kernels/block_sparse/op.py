@@ -1,0 +1,178 @@
+"""The torch operator behind `block_sparse_attention`: one opaque node for torch.compile, with a gradient.
+
+A BlockMask is not a tensor, so it travels as its tensors and comes back as the living object they belong to, with
+whatever backends derived from it; where there is none (a mask made inside compiled code) it is put together again.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .block_mask import BlockMask
+from .quantize import Quantization
+from .request import Request
+from .rules import ChunkBits, Ranges
+
+RULES = (Ranges, ChunkBits)
+FIELDS = ("counts", "indices", "key_valid", "partial_counts", "partial_indices", "query_offsets", "key_offsets")
+
+_living: WeakValueDictionary[tuple[int, ...], BlockMask] = WeakValueDictionary()
+
+
+def call(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a checked request on a backend by name: out, lse and the number of skipped blocks."""
+    mask, quantization = request.mask, request.quantization
+    tensors = _tensors_of(mask)
+    if not torch.compiler.is_compiling():
+        _living[_name(tensors)] = mask
+    return torch.ops.attnproc.block_sparse_attention(
+        request.query,
+        request.key,
+        request.value,
+        request.key_bias,
+        request.token_order,
+        request.skip_threshold,
+        tensors,
+        [mask.query_length, mask.key_length, *mask.block_size, RULES.index(type(mask.rule)) if mask.rule else -1],
+        request.scale,
+        "" if quantization is None else json.dumps(asdict(quantization)),
+        backend,
+    )
+
+
+@torch.library.custom_op("attnproc::block_sparse_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    token_order: Tensor | None,
+    skip_threshold: Tensor | None,
+    mask_tensors: Sequence[Tensor | None],
+    mask_sizes: Sequence[int],
+    scale: float,
+    quantization: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    request = Request(
+        query.detach(),
+        key.detach(),
+        value.detach(),
+        _mask_of(mask_tensors, mask_sizes),
+        scale,
+        key_bias,
+        token_order,
+        skip_threshold,
+        Quantization(**json.loads(quantization)) if quantization else None,
+    )
+    return module(backends.choose(request, backend)[0]).forward(request)
+
+
+@_forward.register_fake
+def _(query, key, value, key_bias, token_order, skip_threshold, mask_tensors, mask_sizes, scale, quantization, backend):
+    batch, heads, tokens, _ = query.shape
+    lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    rows = mask_tensors[0].shape[2]
+    return torch.empty_like(query), lse, query.new_empty(batch, heads, rows, dtype=torch.int32)
+
+
+@torch.library.custom_op("attnproc::block_sparse_attention_backward", mutates_args=())
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    token_order: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    out_gradient: Tensor,
+    lse_gradient: Tensor,
+    mask_tensors: Sequence[Tensor | None],
+    mask_sizes: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    request = Request(query, key, value, _mask_of(mask_tensors, mask_sizes), scale, key_bias, token_order)
+    return module(backends.choose(request, backend, gradient=True)[0]).backward(
+        request, out, lse, out_gradient, lse_gradient
+    )
+
+
+@_backward.register_fake
+def _(query, key, value, *_):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup(ctx, inputs, output) -> None:
+    query, key, value, key_bias, token_order, _, mask_tensors, mask_sizes, scale, _, backend = inputs
+    out, lse, skipped = output
+    ctx.mark_non_differentiable(skipped)
+    ctx.save_for_backward(query, key, value, key_bias, token_order, out, lse, *mask_tensors)
+    ctx.mask_sizes, ctx.scale, ctx.backend = mask_sizes, scale, backend
+
+
+def _gradient(ctx, out_gradient, lse_gradient, _):
+    query, key, value, key_bias, token_order, out, lse, *mask_tensors = ctx.saved_tensors
+    gradients = torch.ops.attnproc.block_sparse_attention_backward(
+        query,
+        key,
+        value,
+        key_bias,
+        token_order,
+        out,
+        lse,
+        out_gradient,
+        lse_gradient,
+        mask_tensors,
+        ctx.mask_sizes,
+        ctx.scale,
+        ctx.backend,
+    )
+    # torch takes a list for a structure only if all in it are tensors.
+    no_mask = None if any(tensor is None for tensor in mask_tensors) else [None] * len(mask_tensors)
+    return *gradients, None, None, None, no_mask, None, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+
+
+def module(backend: str) -> Any:
+    """The module of a backend; imported here, because Triton and others must not be imported before they are used."""
+    names = {"triton": "triton_backend", "oracle": "oracle_backend"}
+    return importlib.import_module(f".{names.get(backend, backend)}", __package__)
+
+
+def _tensors_of(mask: BlockMask) -> list[Tensor | None]:
+    rule = () if mask.rule is None else mask.rule.tensors
+    return [*(getattr(mask, name) for name in FIELDS), *rule]
+
+
+def _name(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(id(tensor) for tensor in tensors)
+
+
+def _mask_of(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> BlockMask:
+    query_length, key_length, query_block, key_block, rule = sizes
+    mask = _living.get(_name(tensors))
+    # An id may belong to a new tensor by now, so the tensors themselves are compared.
+    if (
+        mask is not None
+        and all(a is b for a, b in zip(_tensors_of(mask), tensors, strict=True))
+        and (mask.query_length, mask.key_length, *mask.block_size) == (query_length, key_length, query_block, key_block)
+    ):
+        return mask
+    fields = dict(zip(FIELDS, tensors, strict=False))
+    return BlockMask(
+        query_length=query_length,
+        key_length=key_length,
+        block_size=(query_block, key_block),
+        rule=None if rule < 0 else RULES[rule](*tensors[len(FIELDS) :]),  # type: ignore[arg-type]
+        **fields,  # type: ignore[arg-type]
+    )
