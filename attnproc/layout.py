@@ -63,7 +63,8 @@ class AttentionCall:
     """All that a method may use to plan one attention call.
 
     Attributes:
-        query, key: (batch, heads, tokens, head_dim) after normalisation and rotary embedding, order [video | text].
+        query, key, value: (batch, heads, tokens, head_dim) after normalisation and rotary embedding, order
+            [video | text].
         layout: where video and text are.
         step: step and branch.
         layer: index of the attention site in the order of the model.
@@ -73,6 +74,7 @@ class AttentionCall:
 
     query: Tensor
     key: Tensor
+    value: Tensor
     layout: TokenLayout
     step: Step
     layer: int

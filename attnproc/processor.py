@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
-from attnproc.kernels import BACKENDS, BlockMask
+from attnproc.kernels import BACKENDS, BlockMask, Quantization
 from attnproc.layout import AttentionCall, Step, TokenLayout
 
 QUALITIES = ("high", "balanced", "fast")
@@ -19,9 +21,19 @@ QUALITIES = ("high", "balanced", "fast")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a sparse method decided for one attention call; every backend can run it."""
+    """What a sparse method decided for one attention call; every backend can run it.
+
+    Attributes:
+        mask: the blocks to compute; everything in it counts positions of `token_order` if there is one.
+        token_order: int32 (heads or 1, tokens), a permutation for each head, see `block_sparse_attention`.
+        skip_threshold: see `block_sparse_attention`.
+        after: called with the log-sum-exp of the scores, float32 (batch, heads, tokens), when the call has run.
+    """
 
     mask: BlockMask
+    token_order: Tensor | None = None
+    skip_threshold: float | Tensor | None = None
+    after: Callable[[Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class AttnProcessor:
             (at least one step when above 0). A single number means (number, 0).
         dense_layers: the first n layers stay dense (int), or exactly these layers (a collection of ints).
         block_size: tokens of a query and key block; None lets the method choose from the grid.
+        quantization: None, or what sparse calls compute in 8 bits: "int8", "int8+fp8" or "int8+int8" as in
+            `attnproc.kernels.Quantization`. CPUs simulate it: same rounding, no gain in time.
         backend: "auto", or a backend of `attnproc.kernels.block_sparse_attention`.
         strict: raise `UnsupportedError` where the processor would otherwise run dense with a warning.
     """
@@ -55,6 +69,7 @@ class AttnProcessor:
     dense_steps: Any = None
     dense_layers: Any = None
     block_size: int | None = None
+    quantization: str | None = None
     backend: str = "auto"
     strict: bool = False
 
@@ -66,6 +81,10 @@ class AttnProcessor:
                 setattr(self, key, value)
         if self.backend not in ("auto", *BACKENDS):
             raise SettingsError(f"backend={self.backend!r} is not known; choose one of auto, {', '.join(BACKENDS)}.")
+        try:
+            Quantization.parse(self.quantization)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         if not isinstance(self.strict, bool):
             raise SettingsError(f"strict={self.strict!r} must be True or False.")
         self.dense_steps = _dense_steps(self.dense_steps)

@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from attnproc.kernels import BlockMask
+
 
 @dataclass
 class SiteStats:
@@ -21,7 +23,7 @@ class SiteStats:
 
     dense_calls: int = 0
     sparse_calls: int = 0
-    densities: list[Any] = field(default_factory=list)
+    _kept: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     replaced: bool = False
     _seconds: dict[str, float] = field(default_factory=lambda: {"planning": 0.0, "attention": 0.0})
@@ -54,11 +56,14 @@ class SiteStats:
         self._events.clear()
         return dict(self._seconds)
 
+    def add_density(self, mask: "BlockMask") -> None:
+        """Notes the density of a sparse call without waiting for the device."""
+        self._kept.append((mask.kept_pairs, mask.visible_keys[..., 0].numel() * mask.query_length * mask.key_length))
+
     @property
     def density(self) -> list[float]:
         """Measured density of each sparse call."""
-        self.densities = [float(d) for d in self.densities]
-        return self.densities
+        return [int(pairs) / possible for pairs, possible in self._kept]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnproc import compat
-from attnproc.errors import SettingsError
+from attnproc.errors import SettingsError, UnsupportedError
 from attnproc.kernels import block_sparse_attention, choose_backend
 from attnproc.layout import AttentionCall, Grid, TokenLayout
 from attnproc.processor import Dense
@@ -125,8 +125,8 @@ class SiteProcessor:
                 f"the latent grid {grid} has {math.prod(grid)} tokens and the text {text_tokens}, "  # type: ignore[arg-type]
                 f"but attention has {tokens}"
             )
-        elif not reason and torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-            reason = "gradients are on and the sparse kernels have no backward yet"
+        elif not reason and processor.quantization and _need_gradients(query, key, value):
+            reason = f"gradients are on and quantization={processor.quantization!r} has no backward pass"
         elif not reason and compat.score_skip_active():
             reason = "a guider replaces the attention scores"
         if reason and step.total is None:
@@ -150,7 +150,7 @@ class SiteProcessor:
         if mask is None or processor.predicted_density(layout) == 1.0:
             return
         try:
-            choose_backend(query, query, query, mask, processor.backend)
+            choose_backend(query, query, query, mask, processor.backend, quantization=processor.quantization)
         except ValueError as error:
             raise SettingsError(str(error)) from error
 
@@ -187,15 +187,33 @@ class SiteProcessor:
         """Plans and runs a call on whole sequences in the order [video | text]."""
         assert self.context is not None
         context = self.context
-        call = AttentionCall(query, key, layout, context.step, self.layer, context.cache, context.state(self.layer))
-        with site.stats.timed("planning", query.device):
+        call = AttentionCall(
+            query, key, value, layout, context.step, self.layer, context.cache, context.state(self.layer)
+        )
+        with site.stats.timed("planning", query.device), torch.no_grad():
             plan = context.processor.plan(call)
         if isinstance(plan, Dense):
             return plan
+        if plan.skip_threshold is not None and _need_gradients(query, key, value):
+            return Dense("gradients are on and skipping blocks in the kernel has no backward pass")
         site.stats.sparse_calls += 1
-        site.stats.densities.append(plan.mask.density)
+        site.stats.add_density(plan.mask)
         with site.stats.timed("attention", query.device):
-            return block_sparse_attention(query, key, value, plan.mask, backend=context.processor.backend)
+            out, lse = block_sparse_attention(
+                query,
+                key,
+                value,
+                plan.mask,
+                return_lse=True,
+                token_order=plan.token_order,
+                skip_threshold=plan.skip_threshold,
+                quantization=context.processor.quantization,
+                backend=context.processor.backend,
+            )
+        if plan.after is not None:
+            with site.stats.timed("planning", query.device), torch.no_grad():
+                plan.after(lse)
+        return out
 
     def _ulysses(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, site: "Site") -> Tensor:
         """As `_sparse`; each rank plans for the whole sequence of its heads."""
@@ -289,6 +307,18 @@ def _attend_op(
 @_attend_op.register_fake
 def _(query, key, value, attention_mask, text_valid, text_tokens, text_first, site):
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+@_attend_op.register_autograd
+def _(ctx, gradient):
+    raise UnsupportedError(
+        "attention under torch.compile got a gradient; expected inference. Train uncompiled, where sparse attention is "
+        "differentiable, or take the processor off with attnproc.uninstall."
+    )
+
+
+def _need_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _text_last(tensor: Tensor, text_tokens: int) -> Tensor:

@@ -22,7 +22,7 @@ WAN_480P = TokenLayout((21, 30, 52))
 def call_of(layout, cache=None, batch=1, layer=3):
     query = torch.zeros(batch, 2, layout.tokens, 8)
     return AttentionCall(
-        query, query, layout, Step(5, 10, "cond", layout.grid), layer, {} if cache is None else cache, {}
+        query, query, query, layout, Step(5, 10, "cond", layout.grid), layer, {} if cache is None else cache, {}
     )
 
 

@@ -194,22 +194,36 @@ def test_generic_sites_run_under_compile_without_fullgraph(tiny_models, run, ran
 # -- training and adapters ---------------------------------------------------------------------------------------------
 
 
+def gradients_of(model, inputs):
+    model.zero_grad()
+    model(**inputs, return_dict=False)[0].square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_with_gradients_attention_is_dense_and_says_so(video_family, checkpointing, random_mask):
+def test_training_runs_sparse(video_family, checkpointing, random_mask):
+    """Every parameter gets a gradient: with all blocks kept that of dense attention, with fewer another one."""
     model, inputs = video_family.model(), video_family.inputs(1)
     if checkpointing:
         model.enable_gradient_checkpointing()
-
-    def gradients():
-        model.zero_grad()
-        model(**inputs, return_dict=False)[0].square().mean().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients()
+    expected = gradients_of(model, inputs)
+    attnproc.install(model, random_mask(density=1.0))
+    full = gradients_of(model, inputs)
     attnproc.install(model, random_mask(density=0.4))
-    with pytest.warns(AttnProcWarning, match="gradients are on"):
-        out = gradients()
-    assert out.keys() == expected.keys()
+    sparse = gradients_of(model, inputs)
+    assert all(site.sparse_calls and not site.dense_calls for site in attnproc.report(model).sites)
+    assert full.keys() == expected.keys() == sparse.keys()
+    for name in expected:
+        torch.testing.assert_close(full[name], expected[name], atol=1e-6, rtol=1e-4)
+    assert any((sparse[name] - expected[name]).abs().max() > 1e-5 for name in expected)
+
+
+def test_what_has_no_backward_pass_runs_dense_and_says_so(video_family, random_mask):
+    model, inputs = video_family.model(), video_family.inputs(1)
+    expected = gradients_of(model, inputs)
+    attnproc.install(model, random_mask(density=0.4, quantization="int8"))
+    with pytest.warns(AttnProcWarning, match="gradients are on and quantization='int8' has no backward pass"):
+        out = gradients_of(model, inputs)
     for name in expected:
         torch.testing.assert_close(out[name], expected[name], atol=1e-6, rtol=1e-4)
 
