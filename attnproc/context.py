@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnproc.errors import AttnProcWarning, UnsupportedError
-from attnproc.layout import Grid, Step
+from attnproc.layout import Denoiser, Grid, Step
 from attnproc.processor import AttnProcessor
 from attnproc.reports import SiteStats
 
@@ -62,8 +62,9 @@ class RunContext:
     index falls, when step 0 of a branch is seen again, or when the scheduler got new timesteps.
     """
 
-    def __init__(self, processor: AttnProcessor, family: "Family", scheduler: Callable[[], Any]):
+    def __init__(self, processor: AttnProcessor, family: "Family", scheduler: Callable[[], Any], denoiser: Denoiser):
         self.processor = processor
+        self.denoiser = denoiser
         self.family = family
         self.scheduler = scheduler
         self.sites: list[Site] = []

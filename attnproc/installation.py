@@ -13,6 +13,7 @@ from attnproc.context import Loop, RunContext, Site, context_of, scheduler_of
 from attnproc.errors import SettingsError
 from attnproc.families import family_of
 from attnproc.families.base import Family
+from attnproc.layout import Denoiser
 from attnproc.processor import AttnProcessor
 from attnproc.reports import Report, SiteStats, site_report
 
@@ -38,11 +39,11 @@ def install(target: Any, processor: AttnProcessor, *, scheduler: Any = None) -> 
             "or None to take it off."
         )
     denoisers = _denoisers(target)
-    prepared = [(model, *_prepare(name, model, processor)) for name, model in denoisers.items()]
+    prepared = [(name, model, *_prepare(name, model, processor)) for name, model in denoisers.items()]
     schedule = (lambda: scheduler) if isinstance(target, nn.Module) else scheduler_of(target)
-    for model, family, sites in prepared:
+    for name, model, family, sites in prepared:
         _uninstall(model)
-        context = RunContext(processor, family, schedule)
+        context = RunContext(processor, family, schedule, Denoiser(name, type(model).__name__, len(sites)))
         for site_name, module in sites:
             site = family.site_for(model, module)
             context.sites.append(Site(site_name, module, module.processor, site, SiteStats()))
@@ -69,7 +70,8 @@ def using(target: Any, processor: AttnProcessor, *, scheduler: Any = None) -> It
             _uninstall(model)
             if context is not None:
                 install(model, context.processor)
-                context_of(model).scheduler = context.scheduler  # type: ignore[union-attr]
+                restored = context_of(model)
+                restored.scheduler, restored.denoiser = context.scheduler, context.denoiser  # type: ignore[union-attr]
 
 
 def installed(target: Any) -> AttnProcessor | None:

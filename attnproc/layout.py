@@ -58,6 +58,21 @@ class Step:
     grid: Grid | None
 
 
+@dataclass(frozen=True)
+class Denoiser:
+    """The model a call belongs to.
+
+    Attributes:
+        name: its place in the pipeline: "transformer", "transformer_2" or "unet"; empty for a bare model.
+        model: class name, such as "WanTransformer3DModel".
+        layers: attention sites.
+    """
+
+    name: str
+    model: str
+    layers: int
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """All that a method may use to plan one attention call.
@@ -68,6 +83,7 @@ class AttentionCall:
         layout: where video and text are.
         step: step and branch.
         layer: index of the attention site in the order of the model.
+        denoiser: whose call it is.
         cache: constants of this denoiser, keyed by value (grid, settings, device); lives until uninstalled.
         state: what the method remembers for this (layer, branch); emptied when a run starts and when it ends.
     """
@@ -78,5 +94,6 @@ class AttentionCall:
     layout: TokenLayout
     step: Step
     layer: int
+    denoiser: Denoiser
     cache: dict[Any, Any] = field(repr=False)
     state: dict[Any, Any] = field(repr=False)

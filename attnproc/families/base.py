@@ -188,7 +188,15 @@ class SiteProcessor:
         assert self.context is not None
         context = self.context
         call = AttentionCall(
-            query, key, value, layout, context.step, self.layer, context.cache, context.state(self.layer)
+            query,
+            key,
+            value,
+            layout,
+            context.step,
+            self.layer,
+            context.denoiser,
+            context.cache,
+            context.state(self.layer),
         )
         with site.stats.timed("planning", query.device), torch.no_grad():
             plan = context.processor.plan(call)

@@ -10,7 +10,7 @@ import torch
 
 from attnproc import kernels
 from attnproc.errors import AttnProcWarning, SettingsError
-from attnproc.layout import AttentionCall, Step, TokenLayout
+from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
 from attnproc.sparse.radial import RadialAttnProcessor, radial_blocks
 
@@ -22,7 +22,15 @@ WAN_480P = TokenLayout((21, 30, 52))
 def call_of(layout, cache=None, batch=1, layer=3):
     query = torch.zeros(batch, 2, layout.tokens, 8)
     return AttentionCall(
-        query, query, query, layout, Step(5, 10, "cond", layout.grid), layer, {} if cache is None else cache, {}
+        query,
+        query,
+        query,
+        layout,
+        Step(5, 10, "cond", layout.grid),
+        layer,
+        Denoiser("transformer", "WanTransformer3DModel", 8),
+        {} if cache is None else cache,
+        {},
     )
 
 
