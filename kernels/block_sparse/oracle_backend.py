@@ -10,17 +10,12 @@ from .request import Request
 def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq)."""
     query, mask = request.query, request.mask
-    skipped = torch.zeros(*query.shape[:2], mask.grid[0], dtype=torch.int32, device=query.device)
     if request.quantization is not None:
-        from .quantize_oracle import simulate
+        from . import quantize_oracle
 
-        tensors, order = (query, request.key, request.value), request.token_order
-        if order is not None:
-            tensors = tuple(oracle.take(tensor, order) for tensor in tensors)
-        out, lse = simulate(*tensors, mask, request.scale, request.quantization)
-        if order is not None:
-            out, lse = oracle.put_back(out, order), oracle.put_back(lse[..., None], order).squeeze(-1)
+        out, lse, skipped = quantize_oracle.forward(request)
         return out.to(query.dtype), lse.float(), skipped
+    skipped = torch.zeros(*query.shape[:2], mask.grid[0], dtype=torch.int32, device=query.device)
     out, lse = oracle.attention(
         query,
         request.key,

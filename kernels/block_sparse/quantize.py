@@ -248,8 +248,9 @@ def channel_scale(amax: Tensor, kind: Literal["fp8", "int8"]) -> Tensor:
 
 def group_of_token(length: int, group_size: int, offsets: Tensor | None, device: torch.device) -> Tensor:
     """int64 (length,): the group of each token."""
-    tokens = torch.arange(length, device=device)
-    return tokens // group_size if offsets is None else torch.searchsorted(offsets, tokens, right=True) - 1
+    tokens = torch.arange(length, dtype=torch.int32, device=device)
+    groups = tokens // group_size if offsets is None else torch.searchsorted(offsets, tokens, right=True) - 1
+    return groups.long()
 
 
 def scale_of_token(scale: Tensor, length: int, group_size: int, offsets: Tensor | None) -> Tensor:

@@ -136,7 +136,7 @@ def _weigh(weights: Tensor, scores: Tensor, largest: Tensor, values: Tensor, val
     if values_dtype == torch.int8:
         # Relative to this step's own maximum: next to a larger earlier one all weights could round to 0.
         own = scores.amax(-1, keepdim=True)
-        integers = ((scores - _finite(own)).exp2() * LARGEST[8] + 0.5).floor()
+        integers = ((scores - _finite(own)).exp2() * LARGEST[8]).round()
         return integers @ values * ((own - _finite(largest)).exp2() / LARGEST[8])
     if values_dtype == FP8:
         return (weights * FP8_LARGEST).clamp(max=FP8_LARGEST).to(FP8).to(values.dtype) @ values / FP8_LARGEST
@@ -144,7 +144,7 @@ def _weigh(weights: Tensor, scores: Tensor, largest: Tensor, values: Tensor, val
 
 
 def _skip(scores: Tensor, largest: Tensor, mask: BlockMask, threshold: Tensor) -> Tensor:
-    """bool (B, H, Nq): no row of the query block rises above -threshold over its maximum so far (SpargeAttn, stage 2)."""
+    """bool (B, H, Nq): no row comes within the threshold of its maximum so far, or above it (SpargeAttn, stage 2)."""
     own = scores.amax(-1)
     rise = (own - largest.squeeze(-1)).masked_fill(own == -torch.inf, -torch.inf)
     blocks = rise.new_full((*rise.shape[:2], mask.grid[0]), -torch.inf)
@@ -179,9 +179,9 @@ def _visible(mask: BlockMask, keys: slice, block: int, cut: bool) -> Tensor:
     visible = key < (mask.key_length if mask.key_valid is None else mask.key_valid.view(-1, 1, 1, 1))
     if cut and mask.rule is not None:
         sizes = (mask.batch, mask.heads, mask.query_length)
-        sample, head, query = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in sizes), indexing="ij")
-        ids = (x[..., None] for x in (sample, head, query))
-        visible = visible & mask.rule.visible(*ids, key, torch.full_like(key, block))
+        ids = torch.meshgrid(*(torch.arange(size, device=mask.device) for size in sizes), indexing="ij")
+        sample, head, query = (x[..., None] for x in ids)
+        visible = visible & mask.rule.visible(sample, head, query, key, torch.full_like(key, block))
     return visible
 
 

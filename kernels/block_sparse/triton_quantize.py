@@ -79,8 +79,8 @@ def to_fp8(tile):
     """Rounded to E4M3, halves to even, larger numbers to +-448."""
     tile = tl.minimum(tl.maximum(tile, -FP8_MAX), FP8_MAX)
     if INTERPRETED:
-        # The interpreter's cast is right only for numbers that need no rounding: its carry loses the exponent. So round
-        # to the step of the format first, 1/8 of the power of two below: adding 1.5 * 2 ** 23 steps drops what is finer.
+        # The interpreter's cast is right only for numbers that need no rounding: its carry loses the exponent. So
+        # round to the format's step, 1/8 of the power of two below: adding 1.5 * 2 ** 23 steps drops what is finer.
         power = (tl.abs(tile).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         anchor = tl.maximum(power, 0.015625) * (0.125 * 12582912.0)
         tile = (tile + anchor) - anchor
