@@ -1,6 +1,6 @@
 """Functions of tensors: block masks and block-sparse attention. Knows nothing of diffusers, models or steps."""
 
-from . import oracle
+from . import oracle, scores
 from .attention import block_sparse_attention, choose_backend
 from .backends import BACKENDS, available_backends
 from .block_mask import BlockMask
@@ -17,4 +17,5 @@ __all__ = [
     "block_sparse_attention",
     "choose_backend",
     "oracle",
+    "scores",
 ]

@@ -1,7 +1,10 @@
 """torch FlexAttention: conversion of masks both ways, and the backend "flex".
 
-Uncompiled FlexAttention computes all of S x S, on every device; this backend is for comparison and short sequences.
+On CUDA it is compiled, once for each shape. On a CPU it is not, as that would take longer than most runs: it then
+computes all of S x S, and is for comparison and short sequences.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -19,12 +22,18 @@ def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq), all 0."""
     query, mask = request.query, request.mask
     asked = AuxRequest(lse=True)
-    out, found = flex_attention(
+    attend = _compiled() if query.is_cuda else flex_attention
+    out, found = attend(
         query, request.key, request.value, block_mask=to_flex(mask), scale=request.scale, return_aux=asked
     )
     assert found.lse is not None
     skipped = torch.zeros(*query.shape[:2], mask.grid[0], dtype=torch.int32, device=query.device)
     return out, found.lse.float(), skipped
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def to_flex(mask: BlockMask) -> FlexBlockMask:

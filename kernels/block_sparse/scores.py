@@ -380,7 +380,7 @@ def _choose(x: Tensor, backend: str) -> str:
     elif x.dtype == torch.bfloat16 and device != "cuda":
         problem = "float32 or float16 tensors in Triton's interpreter, which computes bfloat16 wrongly"
     if problem is not None:
-        raise bad_argument("backend", repr(name), problem, "The other backend is the plain torch one, for CPU tensors.")
+        raise bad_argument("backend", repr(name), problem, "Move the tensors, or ask for the other backend.")
     return name
 
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_mask import _bounds
+from .launch import SMALL_SHARED_MEMORY, shared_memory
 from .scores import EXPONENT_LIMIT
-from .triton_forward import SMALL_SHARED_MEMORY, _shared_memory
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -93,7 +94,7 @@ def lse_kernel(
         total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(scores - new_largest[:, None]), 1)
         largest = new_largest
     # A total of 0 means that there was no key.
-    found = tl.where(total == 0.0, float("-inf"), (largest + tl.log2(total)) * LN_2)
+    found = tl.where(total == 0.0, float("-inf"), (largest + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2)
     tl.store(lse + (sample * heads + head) * groups + row, found, mask=row < groups)
 
 
@@ -107,9 +108,9 @@ def mass_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query slots against all key blocks: one row of `mass` for each block, or part of one, in the tile."""
-    ROWS: tl.constexpr = max(QUERY_TILE // QUERY_BLOCK, 1)
-    COLUMNS: tl.constexpr = max(KEY_TILE // KEY_BLOCK, 1)
-    PARTS: tl.constexpr = max(KEY_BLOCK // KEY_TILE, 1)
+    ROWS: tl.constexpr = QUERY_TILE // QUERY_BLOCK if QUERY_TILE > QUERY_BLOCK else 1
+    COLUMNS: tl.constexpr = KEY_TILE // KEY_BLOCK if KEY_TILE > KEY_BLOCK else 1
+    PARTS: tl.constexpr = KEY_BLOCK // KEY_TILE if KEY_BLOCK > KEY_TILE else 1
     sample = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     queries = query + sample * query_batch + head * query_head
@@ -144,7 +145,7 @@ def mass_kernel(
             sums += tl.sum(tl.reshape(by_column, (ROWS, QUERY_TILE // ROWS, COLUMNS)), 1)
         block = step * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(out + block[None, :], sums, mask=(mass_row[:, None] < mass_rows) & (block[None, :] < column_blocks))
-    found = tl.where(total == 0.0, float("-inf"), old + tl.log2(total) * LN_2)
+    found = tl.where(total == 0.0, float("-inf"), old + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN_2)
     tl.store(new_lse + line, found, mask=row_there)
 
 
@@ -230,7 +231,7 @@ def block_mass(
     query_valid: Tensor,
     key_valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Mass float32 (B, H, Nq, Nk) and new lse float32 (B, H, Sq); query blocks end at `rows`, key blocks at `columns`."""
+    """Mass float32 (B, H, Nq, Nk) and new lse float32 (B, H, Sq); `rows` and `columns` are the bounds of the blocks."""
     return _group_mass(query, key, lse, 1, block_size, rows, columns, scale, query_valid, key_valid)
 
 
@@ -239,12 +240,9 @@ def antidiagonal_scores(
 ) -> Tensor:
     """float32 (B, H, Nq, Nk); `scale` is that of the sum over an antidiagonal. Scores are computed twice, not kept."""
     groups = block_size // stride
-    bounds = []
-    for x in (query, key):
-        starts = torch.arange(triton.cdiv(x.shape[2], block_size) + 1, dtype=torch.int32, device=x.device) * groups
-        bounds.append(starts.clamp(max=triton.cdiv(x.shape[2], stride)))
+    rows, columns = (_bounds(triton.cdiv(x.shape[2], stride), groups, None, x.device) for x in (query, key))
     lse = _group_lse(query, key, stride, scale, query_valid, key_valid)
-    mass, _ = _group_mass(query, key, lse, stride, (groups, groups), *bounds, scale, query_valid, key_valid)
+    mass, _ = _group_mass(query, key, lse, stride, (groups, groups), rows, columns, scale, query_valid, key_valid)
     return mass
 
 
@@ -254,7 +252,7 @@ def _group_lse(query: Tensor, key: Tensor, stride: int, scale: float, query_vali
     groups = triton.cdiv(length, stride)
     lse = query.new_empty(batch, heads, groups, dtype=torch.float32)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    query_tile, key_tile, warps, stages = launch_shape(query, padded_dim)
+    query_tile, key_tile, warps, stages = launch_shape(query, padded_dim, stride)
     with torch.cuda.device_of(query):
         lse_kernel[(triton.cdiv(groups, query_tile), batch * heads)](
             query, key, lse, query_valid.contiguous(), key_valid.contiguous(),
@@ -282,7 +280,7 @@ def _group_mass(
     query, key = _rows_contiguous(query), _rows_contiguous(key)
     groups = triton.cdiv(length, stride)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    query_tile, key_tile, warps, stages = launch_shape(query, padded_dim)
+    query_tile, key_tile, warps, stages = launch_shape(query, padded_dim, stride)
     query_block, key_block = (triton.next_power_of_2(size) for size in block_size)
     row_blocks, column_blocks = len(rows) - 1, len(columns) - 1
     parts = max(query_block // query_tile, 1)  # a query block of several tiles has as many rows, added up at the end
@@ -301,19 +299,30 @@ def _group_mass(
     return mass if parts == 1 else mass.unflatten(2, (row_blocks, parts)).sum(3), new_lse
 
 
-def launch_shape(query: Tensor, padded_dim: int) -> tuple[int, int, int, int]:
-    """(query tile, key tile, warps, pipeline stages) whose tiles fit in shared memory."""
+def launch_shape(query: Tensor, padded_dim: int, stride: int) -> tuple[int, int, int, int]:
+    """(query tile, key tile, warps, pipeline stages): tiles that fit in shared memory.
+
+    Chosen from what the compiler reports for sm_80 and sm_90: the largest tiles whose registers hardly spill.
+    """
     if query.dtype == torch.float32:  # at full precision there are no tensor cores: registers are the limit
-        query_tile, key_tile, warps, most_stages = (64, 32, 8, 2) if padded_dim <= 64 else (16, 16, 4, 2)
+        query_tile, key_tile, warps, stages = {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)}[
+            max(padded_dim, 64)
+        ]
     elif padded_dim <= 128:
-        query_tile, key_tile, warps, most_stages = 128, 128, 8, 3
+        query_tile, key_tile, warps, stages = 128, 128 if stride == 1 else 64, 8, 3
+    elif stride == 1:
+        query_tile, key_tile, warps, stages = 128, 64, 8, 2
     else:
-        query_tile, key_tile, warps, most_stages = 128, 64, 8, 2
-    memory = _shared_memory(query.device.index) if query.is_cuda else SMALL_SHARED_MEMORY
-    stages = most_stages
-    while stages > 1 and (query_tile + stages * key_tile) * padded_dim * query.element_size() > memory:
+        query_tile, key_tile, warps, stages = 64, 32, 4, 2
+    memory = shared_memory(query.device.index) if query.is_cuda else SMALL_SHARED_MEMORY
+    while stages > 1 and resident_rows(query_tile, key_tile, stages, stride) * padded_dim * query.itemsize > memory:
         stages -= 1
     return query_tile, key_tile, warps, stages
+
+
+def resident_rows(query_tile: int, key_tile: int, stages: int, stride: int) -> int:
+    """Rows of tokens in shared memory at a time. With a stride query tiles are read again and again too."""
+    return query_tile + stages * key_tile if stride == 1 else (stages + 1) * (query_tile + key_tile)
 
 
 def _precision(x: Tensor) -> str | None:
