@@ -1,12 +1,13 @@
 # make video   environment + a video from the model that ships with the package, dense and sparse compared
 # make test    environment + lint, types, whole test suite
+# make bench   tables of the kernels on this machine; gpu-bench the same on a GPU, in an environment of your own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PROMPT ?= a red star moving right on a navy background
 
-.PHONY: video test lint types tests bench clean
+.PHONY: video test lint types tests bench gpu-bench clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -35,6 +36,12 @@ tests: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(RUN) -m benchmarks.attention
+	$(RUN) -m benchmarks.kernels
+
+# Runs in any environment with CUDA, torch and triton: make gpu-bench RUN=python3
+gpu-bench:
+	$(RUN) -m benchmarks.attention --repeats 5
+	$(RUN) -m benchmarks.kernels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -140,6 +140,14 @@ class AttnProcessor:
             return layer < self.dense_layers
         return layer in self.dense_layers
 
+    @classmethod
+    def at_density(cls, density: float, layout: TokenLayout, settings: Mapping[str, Any] | None = None) -> Self:
+        """A processor that keeps about this share of the query-key pairs of a layout, for comparisons.
+
+        settings: other settings. Methods without a density of their own look for the settings that come closest.
+        """
+        return cls.from_settings({**(settings or {}), "density": density})
+
     # -- data --------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

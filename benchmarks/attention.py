@@ -111,7 +111,7 @@ def peer_calls(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> di
     calls = {"FlexAttention": lambda: compiled(query, key, value, block_mask=flex)}
     if query.is_cuda:
         flash = {"BACKEND": "FLASH"}
-        calls["FlexAttention FLASH"] = lambda: compiled(query, key, value, block_mask=flex, kernel_options=flash)
+        calls["FlexAttention FLASH"] = lambda: compiled(query, key, value, block_mask=flex, kernel_options=flash)  # type: ignore[arg-type]
     return calls
 
 

@@ -1,4 +1,5 @@
-"""The command `attnproc`: generate, estimate, list, doctor.
+"""The command `attnproc`: generate, calibrate, inspect, bench, record, estimate,
+list, doctor.
 
 Exit codes: 0 done; 1 it failed; 2 bad arguments; 3 a combination that is not supported, or `--strict` forbids;
 130 interrupted. Heavy imports happen inside the commands.
@@ -24,11 +25,21 @@ app = typer.Typer(
 )
 _debug = False
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="shapes-video (ships with the package, needs no download), a local folder, or a Hugging Face id. "
+        "(default: shapes-video)"
+    ),
+]
 Attention = Annotated[str | None, typer.Option(help="Method; see `attnproc list`. (default: radial)")]
 Preset = Annotated[
     str | None, typer.Option(help="Published settings by name. (default: none; shapes-video has its own)")
 ]
 Quality = Annotated[str | None, typer.Option(help="high, balanced or fast. (default: balanced)")]
+Plan = Annotated[
+    str | None, typer.Option(help="Calibration file of `attnproc calibrate`, for paro and sparge. (default: none)")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; may be repeated. (default: none)"),
@@ -37,6 +48,17 @@ Frames = Annotated[int | None, typer.Option(help="Frames of the video. (default:
 Height = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
 Width = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's; shapes-video 20)")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale, 1 is none. (default: the model's; shapes-video 4)")
+]
+DType = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16. (default: auto: float32 on CPU, else bfloat16)"),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (default: auto: cuda if any)")]
+Offload = Annotated[
+    str | None, typer.Option(help="none, model or sequential: keep weights in main memory. (default: none)")
+]
 
 
 @app.callback()
@@ -50,16 +72,11 @@ def _options(
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows; may also stand in --config.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="shapes-video (ships with the package, needs no download), a local folder, or a Hugging Face id. "
-            "(default: shapes-video)"
-        ),
-    ] = None,
+    model: Model = None,
     attention: Attention = None,
     preset: Preset = None,
     quality: Quality = None,
+    plan: Plan = None,
     set_: Set = None,
     strict: Annotated[
         bool | None,
@@ -69,20 +86,13 @@ def generate(
     height: Height = None,
     width: Width = None,
     steps: Steps = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale, 1 is none. (default: the model's; shapes-video 4)")
-    ] = None,
+    guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it must not show. (default: the model's)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first video; the next ones count up. (default: 0)")] = None,
     num_videos: Annotated[int | None, typer.Option(help="Videos, in numbered files. (default: 1)")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="auto, float32, bfloat16 or float16. (default: auto: float32 on CPU, else bfloat16)"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (default: auto: cuda if any)")] = None,
-    offload: Annotated[
-        str | None, typer.Option(help="none, model or sequential: keep weights in main memory. (default: none)")
-    ] = None,
+    dtype: DType = None,
+    device: Device = None,
+    offload: Offload = None,
     output: Annotated[
         str | None,
         typer.Option(help="File .mp4 or .gif, or a new folder for PNG pictures. (default: video.mp4)"),
@@ -116,6 +126,166 @@ def generate(
             _print_plan(job)
             return
         run(job, Console(), Console(stderr=True))
+
+
+@app.command()
+def inspect(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    model: Model = None,
+    attention: Attention = None,
+    preset: Preset = None,
+    quality: Quality = None,
+    plan: Plan = None,
+    set_: Set = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dtype: DType = None,
+    device: Device = None,
+    offload: Offload = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER:HEAD,...",
+            help="Heads whose masks are drawn, counted from 0. (default: head 0 of the middle and the last layer)",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="PNG file; the numbers go beside it as JSON.")] = Path("inspection.png"),
+) -> None:
+    """Shows what a method does in a run: density, recall, masks on the latent grid, time. Writes a PNG and a JSON."""
+    flags = {key: value for key, value in locals().items() if key not in ("set_", "heads", "output")}
+    with _exit_codes():
+        _quiet_libraries()
+        from attnproc.pipelines import inspection
+
+        chosen = None if heads is None else inspection.parse_heads(heads)
+        inspection.check_target(output)
+        job = _job(flags, set_)
+        inspection.inspect(job, chosen, output, Console(), Console(stderr=True))
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    output: Annotated[Path, typer.Option(help="File .safetensors; while unfinished, .partial.safetensors beside it.")],
+    attention: Annotated[str, typer.Option(help="paro or sparge.")] = "paro",
+    density: Annotated[
+        float | None, typer.Option(help="Share of the query-key pairs to keep. (default: the method's)")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="sparge: largest relative L1 error of a head. (default: the method's)")
+    ] = None,
+    model: Model = None,
+    set_: Set = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt's noise; the next ones count up.")] = 0,
+    dtype: DType = None,
+    device: Device = None,
+    offload: Offload = None,
+) -> None:
+    """Learns a plan for one model and size from dense runs of some prompts. Goes on where it was interrupted."""
+    names = ("model", "frames", "height", "width", "steps", "guidance", "seed", "dtype", "device", "offload")
+    flags = {key: value for key, value in locals().items() if key in names}
+    with _exit_codes():
+        _quiet_libraries()
+        from attnproc.pipelines import calibrate as calibration
+        from attnproc.pipelines.settings import parse_assignments
+
+        calibration.check_target(output)
+        processor = calibration.calibrator(attention, parse_assignments(set_ or []), density, max_error)
+        texts = calibration.read_prompts(prompts)
+        job = _job({**flags, "attention": "dense", "prompt": texts[0]}, None)
+        calibration.calibrate(job, processor, texts, output, Console(stderr=True))
+        Console().print(f"{output}; use it with: attnproc generate ... --attention {attention} --plan {output}")
+
+
+@app.command()
+def record(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    output: Annotated[Path, typer.Option(help="New folder for the recording.")],
+    at_steps: Annotated[str, typer.Option(metavar="N,N,...", help="Steps to record, counted from 0.")],
+    layers: Annotated[str, typer.Option(metavar="N,N,...", help="Attention layers to record, counted from 0.")],
+    model: Model = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dtype: DType = None,
+    device: Device = None,
+    offload: Offload = None,
+) -> None:
+    """Records queries, keys and values of a dense run, for `attnproc bench --recorded` without the model."""
+    flags = {key: value for key, value in locals().items() if key not in ("output", "at_steps", "layers")}
+    with _exit_codes():
+        _quiet_libraries()
+        from attnproc.pipelines import recording
+
+        recording.check_folder(output)
+        chosen = [_numbers(name, text, int) for name, text in (("at-steps", at_steps), ("layers", layers))]
+        job = _job({**flags, "attention": "dense"}, None)
+        recording.record(job, *chosen, output, Console(), Console(stderr=True))
+
+
+@app.command()
+def bench(
+    methods: Annotated[str, typer.Option(help="Sparse methods.")] = "radial,sparge,adaspa,vmoba,paro",
+    density: Annotated[str, typer.Option(help="Shares of the query-key pairs to keep.")] = "0.5,0.3,0.2",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt a line. (default: held-out captions of the Shapes world)"),
+    ] = None,
+    cases: Annotated[int, typer.Option(help="Prompts to run.")] = 12,
+    recorded: Annotated[
+        Path | None, typer.Option(help="Folder of `attnproc record`, instead of running a model. (default: none)")
+    ] = None,
+    model: Model = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt's noise; the next ones count up.")] = 0,
+    dtype: DType = None,
+    device: Device = None,
+    offload: Offload = None,
+    output: Annotated[Path, typer.Option(help="PNG file with the plot; the numbers go beside it as JSON.")] = Path(
+        "comparison.png"
+    ),
+) -> None:
+    """Compares methods with dense attention at equal seeds: PSNR, SSIM, recall, time, and what a detector reads."""
+    names = ("model", "frames", "height", "width", "steps", "guidance", "seed", "dtype", "device", "offload")
+    flags = {key: value for key, value in locals().items() if key in names}
+    with _exit_codes():
+        _quiet_libraries()
+        from attnproc.pipelines import comparison, inspection
+        from attnproc.pipelines.recording import Recording
+
+        inspection.check_target(output)
+        chosen, targets = [name.strip() for name in methods.split(",")], _numbers("density", density, float)
+        comparison.check_request(chosen, targets)
+        messages = Console(stderr=True)
+        if recorded is not None:
+            recording = Recording.open(recorded)
+            rows, shown, about = comparison.compare_recorded(recording, chosen, targets), {}, dict(recording.index)
+            title = f"{len(recording)} recorded calls of {recording.index['model']}"
+        else:
+            job = _job({**flags, "attention": "dense", "prompt": "comes with each case"}, None)
+            tried, learned = comparison.cases_of(job, prompts, cases)
+            rows, shown = comparison.compare(job, tried, learned, chosen, targets, messages)
+            about = comparison.about(job, tried, learned)
+            title = f"{job.source.name}, {len(tried)} prompts, {job.arguments['num_inference_steps']} steps"
+        comparison.save(title, rows, shown, about, output)
+        Console(width=max(Console().width, 150)).print(comparison.table(rows, title))
+        Console().print(f"{output}, {output.with_suffix('.json').name}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -266,6 +436,21 @@ def _exit_codes() -> Iterator[None]:
         console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         codes = {SettingsError: 2, UnsupportedError: 3}
         raise typer.Exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1)) from None
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SettingsError(f"--{name} {text!r} is not a list of numbers; expected some such as 0.5,0.3.") from error
+
+
+def _job(flags: dict[str, Any], assignments: list[str] | None) -> Any:
+    """The checked run of a command that takes the flags of `generate`."""
+    from attnproc.pipelines.generate import prepare
+    from attnproc.pipelines.settings import RunSettings, parse_assignments
+
+    return prepare(RunSettings.from_sources(None, {**flags, "set": parse_assignments(assignments or []) or None}))
 
 
 def _print_plan(job: Any) -> None:

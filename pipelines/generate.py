@@ -152,11 +152,11 @@ def generate(job: Job, console: Console, messages: Console) -> list[Path]:
     for number, path in enumerate(job.outputs):
         seed = job.settings.seed + number
         with attnproc.using(pipe, job.processor):
-            video = _denoise(pipe, job, seed, f"{job.processor.name} {path.name}", messages)
+            video = run_once(pipe, job, seed, f"{job.processor.name} {path.name}", messages)
         comparison = None
         if job.settings.compare:
             dense_path = _dense_path(path)
-            dense = _denoise(pipe, job, seed, f"dense {dense_path.name}", messages)
+            dense = run_once(pipe, job, seed, f"dense {dense_path.name}", messages)
             assert video.report is not None
             comparison = Comparison(
                 psnr(video.frames, dense.frames),
@@ -186,10 +186,10 @@ def _warm_up(pipe: Any, job: Job, messages: Console) -> None:
         warnings.simplefilter("ignore", AttnProcWarning)
         everywhere = dataclasses.replace(job.processor, dense_steps=0, dense_layers=0)
         with attnproc.using(pipe, everywhere):
-            _denoise(pipe, short, job.settings.seed, "warm-up", messages)
+            run_once(pipe, short, job.settings.seed, "warm-up", messages)
 
 
-def _denoise(pipe: Any, job: Job, seed: int, title: str, messages: Console) -> Video:
+def run_once(pipe: Any, job: Job, seed: int, title: str, messages: Console) -> Video:
     """One pipeline call; the report is that of the processor which is installed now, if any."""
     import torch
 

@@ -23,7 +23,8 @@ OFFLOADS = ("none", "model", "sequential")
 class RunSettings:
     """Settings of `attnproc generate`; the names are those of its flags and of the keys of a YAML file.
 
-    None stands for the model's own default, as far as the field allows it. `set` holds settings of the method.
+    None stands for the model's own default, as far as the field allows it. `set` holds settings of the method,
+    `plan` is a calibration file of `attnproc calibrate`.
     """
 
     prompt: str = ""
@@ -31,6 +32,7 @@ class RunSettings:
     attention: str = "radial"
     preset: str | None = None
     quality: str | None = None
+    plan: str | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     frames: int | None = None
@@ -94,6 +96,13 @@ class RunSettings:
         """
         cls = method_class(self.attention)
         settings = typed_settings(cls, self.set)
+        if self.plan is not None:
+            if "calibration" not in {f.name for f in dataclasses.fields(cls)}:
+                raise SettingsError(
+                    f"plan={self.plan!r} was given, but {self.attention} takes none; expected paro or sparge. "
+                    "Leave it out, or choose --attention."
+                )
+            settings["calibration"] = self.plan
         if self.strict:
             settings["strict"] = True
         if self.quality is not None:

@@ -29,6 +29,9 @@ from attnproc.processor import AttnProcessor, Dense, Plan
 ALIGNMENTS = ("global", "reference")
 # Above this the band is wider than any published setting and little is left to save.
 LARGE_DECAY = 4.0
+# What `at_density` tries, and how much closer a less published rule must come.
+DECAY_FACTORS = (4.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.35, 0.2, 0.1)
+NEAR_DENSITY = 0.01
 
 
 @dataclass(kw_only=True)
@@ -123,6 +126,27 @@ class RadialAttnProcessor(AttnProcessor):
     def predicted_density(self, layout: TokenLayout) -> float:
         decided = self._decide(layout)
         return 1.0 if isinstance(decided, Dense) else decided.density
+
+    @classmethod
+    def at_density(
+        cls, density: float, layout: TokenLayout, settings: Mapping[str, Any] | None = None
+    ) -> "RadialAttnProcessor":
+        """The rule that comes closest to a density: first the published one at every decay factor, then narrower ones.
+
+        The rule has a floor, frames 0 and 1 apart and the sink being full, which small grids reach early; below it the
+        neighbours' band gets narrower and at last the sink is given up.
+        """
+        shared = {**(settings or {}), "max_density": 1.0}
+        best: tuple[float, RadialAttnProcessor] | None = None
+        for adjacent, sink in ((1.0, 1), (0.5, 1), (0.25, 1), (0.25, 0), (0.125, 0)):
+            for decay in DECAY_FACTORS:
+                rule = {"decay_factor": decay, "adjacent_half_width": adjacent, "sink_frames": sink}
+                found = cls.from_settings({**shared, **rule})
+                away = abs(found.predicted_density(layout) - density)
+                if best is None or away < best[0] - NEAR_DENSITY:
+                    best = away, found
+        assert best is not None
+        return best[1]
 
     def row_counts(self, layout: TokenLayout) -> Tensor:
         """int32 (query blocks,): key blocks kept in each row of the mask."""

@@ -66,6 +66,7 @@ def block_sparse_attention(
     """Softmax attention over the key blocks that `mask` keeps for each query block.
 
     query: (B, H, Sq, D) with D from 1 to 256, any strides; key, value: (B, H, Sk, D) of the same dtype and device.
+        With fewer heads, of which H is a multiple, each serves a group of query heads (a repeated copy is made).
     mask: lengths Sq and Sk; shared by the batch or the heads where its own sizes are 1.
     scale: multiplies the scores, D ** -0.5 by default.
     key_bias: float32 (B or 1, H or 1, Nk), added to the scaled scores of each key block, natural log: log n makes a
@@ -126,6 +127,8 @@ def make_request(
     """The arguments of `block_sparse_attention`, checked."""
     _check_tensors(query, key, value)
     _check_mask(query, key, mask)
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if scale is None:
         scale = query.shape[-1] ** -0.5
     elif not math.isfinite(scale):
@@ -205,20 +208,21 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise bad_argument(
             "query", f"head_dim {head_dim}", f"head_dim from 1 to {MAX_HEAD_DIM}", "Use dense attention here."
         )
-    if key.shape[1] != heads:
+    if key.shape[1] == 0 or heads % key.shape[1]:
         raise bad_argument(
             "key",
             f"{key.shape[1]} heads",
-            f"{heads} heads, as query",
-            "Grouped-query attention is not supported: repeat the key and value heads.",
+            f"{heads} heads, as query, or a divisor of it (grouped-query attention)",
+            "Give query head i the key head i * key heads // heads.",
         )
-    for name, tensor, tokens in (("key", key, key.shape[2]), ("value", value, key.shape[2])):
-        if tuple(tensor.shape) != (batch, heads, tokens, head_dim):
+    for name, tensor in (("key", key), ("value", value)):
+        expected = (batch, key.shape[1], key.shape[2], head_dim)
+        if tuple(tensor.shape) != expected:
             raise bad_argument(
                 name,
                 f"shape {tuple(tensor.shape)}",
-                f"shape {(batch, heads, tokens, head_dim)}",
-                "Batch, heads and head_dim follow query; value has the tokens of key.",
+                f"shape {expected}",
+                "Batch and head_dim follow query; value has the heads and tokens of key.",
             )
 
 

@@ -107,6 +107,16 @@ def test_two_samples_equal_two_calls(backend, make_case, new_shape):
         torch.testing.assert_close(lse[one], log_sum, rtol=1e-6, atol=1e-6)
 
 
+def test_key_heads_are_shared_by_groups_of_query_heads(make_case, new_shape):
+    case = make_case(new_shape(heads=6, queries=50, keys=60, mask_heads=True))
+    query, key, value = case.query, case.key[:, :2].clone().requires_grad_(), case.value[:, :2]
+    out = block_sparse_attention(query, key, value, case.mask, backend="oracle")
+    whole = [x.detach().repeat_interleave(3, dim=1) for x in (key, value)]
+    assert torch.equal(out, block_sparse_attention(query, *whole, case.mask, backend="oracle"))
+    (gradient,) = torch.autograd.grad(out.sum(), key)
+    assert gradient.shape == key.shape and gradient.abs().sum() > 0
+
+
 def test_one_mask_serves_other_batches_heads_and_dtypes(make_case, new_shape, close):
     """What the CPU path keeps about a mask must not leak from one call's shape into another's."""
     mask = make_case(new_shape(queries=50, keys=60)).mask

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnproc.kernels import BlockMask, available_backends, block_sparse_attention, choose_backend
+from attnproc.kernels import BlockMask, ChunkBits, Ranges, available_backends, block_sparse_attention, choose_backend
 
 
 def good():
@@ -12,6 +12,13 @@ def good():
         "key": torch.randn(2, 2, 50, 16),
         "value": torch.randn(2, 2, 50, 16),
         "mask": BlockMask.full(40, 50, (16, 16)),
+    }
+
+
+def square():
+    return {
+        **{name: torch.randn(2, 2, 40, 16) for name in ("query", "key", "value")},
+        "mask": BlockMask.full(40, 40, (16, 16)),
     }
 
 
@@ -26,7 +33,8 @@ WRONG = {
         {name: torch.randn(0, 2, n, 16) for name, n in (("query", 40), ("key", 50), ("value", 50))},
         "query",
     ),
-    "fewer key heads": ({"key": torch.randn(2, 1, 50, 16)}, "key"),
+    "key heads that do not divide": ({name: torch.randn(2, 3, 50, 16) for name in ("key", "value")}, "key"),
+    "fewer key heads than value heads": ({"key": torch.randn(2, 1, 50, 16)}, "value"),
     "batch differs": ({"key": torch.randn(1, 2, 50, 16)}, "key"),
     "value shorter than key": ({"value": torch.randn(2, 2, 49, 16)}, "value"),
     "value head_dim": ({"value": torch.randn(2, 2, 50, 8)}, "value"),
@@ -43,6 +51,16 @@ WRONG = {
     "mask elsewhere": ({"mask": BlockMask.full(40, 50, (16, 16), device="meta")}, "mask"),
     "scale": ({"scale": float("nan")}, "scale"),
     "unknown backend": ({"backend": "cuda"}, "backend"),
+    "bias of other blocks": ({"key_bias": torch.zeros(1, 1, 5)}, "key_bias"),
+    "bias of other heads": ({"key_bias": torch.zeros(1, 3, 4)}, "key_bias"),
+    "half-precision bias": ({"key_bias": torch.zeros(1, 1, 4).half()}, "key_bias"),
+    "order of cross-attention": ({"token_order": torch.arange(40)[None]}, "token_order"),
+    "order of floats": ({**square(), "token_order": torch.arange(40.0)[None]}, "token_order"),
+    "order of other tokens": ({**square(), "token_order": torch.arange(41)[None]}, "token_order"),
+    "threshold 0": ({"skip_threshold": 0.0}, "skip_threshold"),
+    "threshold NaN": ({"skip_threshold": float("nan")}, "skip_threshold"),
+    "thresholds of other heads": ({"skip_threshold": torch.ones(3)}, "skip_threshold"),
+    "unknown quantization": ({"quantization": "int5"}, "quantization"),
 }
 
 
@@ -54,6 +72,7 @@ def test_attention_refuses(change, argument):
 
 BLOCKS = torch.ones(3, 4, dtype=torch.bool)
 COUNTS, INDICES = torch.ones(1, 1, 3, dtype=torch.int32), torch.zeros(1, 1, 3, 1, dtype=torch.int32)
+RANGES = Ranges(torch.zeros(50, 2).int(), torch.zeros(40, 2).int(), torch.ones(40, 2).int())
 WRONG_MASKS = {
     "blocks dtype": (lambda: BlockMask.from_blocks(BLOCKS.int(), 40, 50, (16, 16)), "blocks"),
     "blocks grid": (lambda: BlockMask.from_blocks(BLOCKS, 40, 65, (16, 16)), "blocks"),
@@ -73,6 +92,48 @@ WRONG_MASKS = {
     "counts rows": (lambda: BlockMask(COUNTS, INDICES, 60, 50, (16, 16)), "counts"),
     "indices rank": (lambda: BlockMask(COUNTS, INDICES[0], 40, 50, (16, 16)), "indices"),
     "indices heads": (lambda: BlockMask(COUNTS, INDICES.repeat(1, 2, 1, 1), 40, 50, (16, 16)), "indices"),
+    "indices of no width": (lambda: BlockMask(COUNTS, INDICES[..., :0], 40, 50, (16, 16)), "indices"),
+    "partial blocks without a rule": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), partial=BLOCKS),
+        "partial_counts",
+    ),
+    "a rule without partial blocks": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), rule=RANGES),
+        "partial_counts",
+    ),
+    "a rule for other queries": (
+        lambda: BlockMask.from_blocks(torch.ones(4, 4).bool(), 50, 50, (16, 16), partial=BLOCKS[:1], rule=RANGES),
+        "rule.low",
+    ),
+    "bits for other key blocks": (
+        lambda: BlockMask.from_blocks(
+            BLOCKS,
+            40,
+            50,
+            (16, 16),
+            partial=BLOCKS,
+            rule=ChunkBits(torch.zeros(1, 1, 40, 1).int(), torch.zeros(5).int()),
+        ),
+        "rule.key_chunk",
+    ),
+    "offsets that do not end": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), query_offsets=torch.tensor([0, 16, 32, 39]).int()),
+        "query_offsets",
+    ),
+    "offsets of long blocks": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), key_offsets=torch.tensor([0, 17, 30, 40, 50]).int()),
+        "key_offsets",
+    ),
+    "offsets of empty blocks": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), key_offsets=torch.tensor([0, 16, 16, 34, 50]).int()),
+        "key_offsets",
+    ),
+    "64-bit offsets": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), key_offsets=torch.tensor([0, 16, 32, 48, 50])),
+        "key_offsets",
+    ),
+    "ranges of four axes": (lambda: Ranges(*[torch.zeros(5, 4).int()] * 3), "key_coordinates"),
+    "ranges of floats": (lambda: Ranges(*[torch.zeros(5, 2)] * 3), "rule.key_coordinates"),
     "indices elsewhere": (lambda: BlockMask(COUNTS, INDICES.to("meta"), 40, 50, (16, 16)), "indices"),
 }
 
