@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnproc
+from attnproc.calibration import CalibrationProcessor
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
 from attnproc.kernels import block_sparse_attention, scores
@@ -209,13 +210,20 @@ def _processor(
     """The method at a density; where it needs a plan, one is made for the purpose."""
     cls = method_class(method)
     preset = cls.presets().get(job.source.name, {}).get("settings", {})
-    if method in CALIBRATIONS and "density" not in {f.name for f in dataclasses.fields(cls)}:
-        maker = calibration_class(method)
+    if (maker := _plan_maker(method)) is not None:
         known = {f.name for f in dataclasses.fields(maker)}
         shared = {key: value for key, value in preset.items() if key in known and not key.startswith("dense_")}
         calibrate(job, maker.from_settings({**shared, "density": target}), calibration_prompts, plan, messages)
         return cls.from_settings({**preset, "calibration": str(plan)})
     return cls.at_density(target, layout, preset)
+
+
+def _plan_maker(method: str) -> type[CalibrationProcessor] | None:
+    """What makes the plans of a method that has its density from one; None for methods that can do without."""
+    if method not in CALIBRATIONS:
+        return None
+    maker = calibration_class(method)
+    return maker if "density" in {f.name for f in dataclasses.fields(maker)} else None
 
 
 def _run(
@@ -280,8 +288,7 @@ def compare_recorded(recording: Recording, methods: Sequence[str], targets: Sequ
     second. Methods that need a calibration are refused: they are calibrated on a model.
     """
     check_request(methods, targets)
-    needing = [m for m in methods if "density" not in {f.name for f in dataclasses.fields(method_class(m))}]
-    needing = [method for method in needing if method in CALIBRATIONS]
+    needing = [method for method in methods if _plan_maker(method) is not None]
     if needing:
         raise SettingsError(
             f"{', '.join(needing)} needs a calibration, which is made on a model; expected methods without one. "
