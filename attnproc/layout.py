@@ -1,11 +1,36 @@
 """What one attention call looks like: where video and text tokens sit, and which step of the run it is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Grid = tuple[int, int, int]
+
+_once: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def once(tensor: Tensor, compute: Callable[..., Any], *arguments: Any) -> Any:
+    """compute(tensor, *arguments), worked out once for all layers that get the same tensor with the same contents.
+
+    What is computed must not hold on to the tensor. The function is part of the key: give a named one.
+    """
+    if torch.compiler.is_compiling() or tensor.is_inference():  # these have no version to tell contents by
+        return compute(tensor, *arguments)
+    version, known = _once.get(tensor, (None, None))
+    if version != tensor._version:
+        version, known = tensor._version, {}
+        _once[tensor] = version, known
+    if (compute, *arguments) not in known:
+        known[compute, *arguments] = compute(tensor, *arguments)
+    return known[compute, *arguments]
+
+
+def _lengths(valid: Tensor) -> tuple[int, ...]:
+    return tuple(valid.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +56,11 @@ class TokenLayout:
     @property
     def tokens(self) -> int:
         return self.video_tokens + self.text_tokens
+
+    @property
+    def text_lengths(self) -> tuple[int, ...] | None:
+        """Valid text tokens of each sample as numbers, None for all; waits for the device once in a model's forward."""
+        return None if self.text_valid is None else once(self.text_valid, _lengths)
 
     @property
     def key_valid(self) -> Tensor | None:

@@ -248,6 +248,12 @@ def bench(
         Path | None, typer.Option(help="Folder of `attnproc record`, instead of running a model. (default: none)")
     ] = None,
     model: Model = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="One setting of every method; may be repeated. (default: none)"
+        ),
+    ] = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -268,6 +274,7 @@ def bench(
         _quiet_libraries()
         from attnproc.pipelines import comparison, inspection
         from attnproc.pipelines.recording import Recording
+        from attnproc.pipelines.settings import parse_assignments
 
         inspection.check_target(output)
         chosen, targets = [name.strip() for name in methods.split(",")], _numbers("density", density, float)
@@ -280,7 +287,8 @@ def bench(
         else:
             job = _job({**flags, "attention": "dense", "prompt": "comes with each case"}, None)
             tried, learned = comparison.cases_of(job, prompts, cases)
-            rows, shown = comparison.compare(job, tried, learned, chosen, targets, messages)
+            overrides = parse_assignments(set_ or [])
+            rows, shown = comparison.compare(job, tried, learned, chosen, targets, overrides, messages)
             about = comparison.about(job, tried, learned)
             title = f"{job.source.name}, {len(tried)} prompts, {job.arguments['num_inference_steps']} steps"
         comparison.save(title, rows, shown, about, output)

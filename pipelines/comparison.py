@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from attnproc.pipelines.inspection import InspectingProcessor, densities, mean_o
 from attnproc.pipelines.loading import load
 from attnproc.pipelines.metrics import psnr, ssim
 from attnproc.pipelines.recording import Recording
-from attnproc.pipelines.settings import EMBEDDED
+from attnproc.pipelines.settings import EMBEDDED, typed_settings
 from attnproc.processor import AttnProcessor, Dense
 
 if TYPE_CHECKING:
@@ -141,9 +141,12 @@ def compare(
     calibration_prompts: Sequence[str],
     methods: Sequence[str],
     targets: Sequence[float],
+    overrides: Mapping[str, Any],
     messages: Console,
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Runs every case dense and with every method at every density.
+
+    overrides: settings of every method, over those of its preset for the model; a text is read as the setting's type.
 
     Returns the rows, and the frames of the first case by "dense" and "method target".
     """
@@ -156,7 +159,7 @@ def compare(
         for target in targets:
             with tempfile.TemporaryDirectory() as folder:
                 plan = Path(folder) / "plan.safetensors"
-                processor = _processor(method, target, layout, job, calibration_prompts, plan, messages)
+                processor = _processor(method, target, layout, job, calibration_prompts, overrides, plan, messages)
                 row, videos = _run(pipe, job, cases, processor, target, dense_videos, dense_seconds, messages)
             rows.append(row)
             shown[f"{method} {target:g}"] = videos[0].frames
@@ -204,12 +207,14 @@ def _processor(
     layout: TokenLayout,
     job: "Job",
     calibration_prompts: Sequence[str],
+    overrides: Mapping[str, Any],
     plan: Path,
     messages: Console,
 ) -> AttnProcessor:
     """The method at a density; where it needs a plan, one is made for the purpose."""
     cls = method_class(method)
     preset = cls.presets().get(job.source.name, {}).get("settings", {})
+    preset = {**preset, **typed_settings(cls, overrides)}
     if (maker := _plan_maker(method)) is not None:
         known = {f.name for f in dataclasses.fields(maker)}
         shared = {key: value for key, value in preset.items() if key in known and not key.startswith("dense_")}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attnproc import compat
 from attnproc.families.base import Family, SiteProcessor
 from attnproc.families.projections import heads_first, heads_joined, project, project_out, project_text, rotate_video
-from attnproc.layout import Grid
+from attnproc.layout import Grid, once
 
 
 class HunyuanVideoSite(SiteProcessor):
@@ -33,12 +33,16 @@ class HunyuanVideoSite(SiteProcessor):
         if attn.add_q_proj is not None:
             both = zip((query, key, value), project_text(attn, encoder_hidden_states), strict=True)
             query, key, value = (torch.cat(pair, dim=1) for pair in both)
-        # The model masks padding alone, so valid tokens are a prefix: mask (batch, 1, 1, tokens).
-        valid = None if attention_mask is None else attention_mask.flatten(1).sum(1) - video
+        valid = None if attention_mask is None else once(attention_mask, _valid_text, video)
         out = self.attend(
             *heads_first(query, key, value), attention_mask=attention_mask, text_tokens=text, text_valid=valid
         )
         return project_out(attn, *heads_joined(out, query.dtype).split([video, text], dim=1))
+
+
+def _valid_text(mask: Tensor, video: int) -> Tensor:
+    """The model masks padding alone, so valid tokens are a prefix of the mask (batch, 1, 1, tokens)."""
+    return mask.flatten(1).sum(1) - video
 
 
 class HunyuanVideo(Family):

@@ -10,6 +10,7 @@ from attnproc import compat
 from attnproc.families.base import SiteProcessor
 from attnproc.families.hunyuan_video import HunyuanVideo
 from attnproc.families.projections import heads_first, heads_joined, project, project_out, project_text, rotate_video
+from attnproc.layout import once
 
 
 class HunyuanVideo15Site(SiteProcessor):
@@ -38,9 +39,13 @@ class HunyuanVideo15Site(SiteProcessor):
             *heads_first(query, key, value),
             attention_mask=F.pad(mask, (video, 0), value=True)[:, None, None, :],
             text_tokens=text,
-            text_valid=mask.sum(1),
+            text_valid=once(attention_mask, _valid_text),
         )
         return project_out(attn, *heads_joined(out, query.dtype).split([video, text], dim=1))
+
+
+def _valid_text(mask: Tensor) -> Tensor:
+    return mask.bool().sum(1)
 
 
 class HunyuanVideo15(HunyuanVideo):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnproc import compat
 from attnproc.families.base import Family, SiteProcessor
 from attnproc.families.projections import heads_first, heads_joined, project, project_out, project_text
-from attnproc.layout import Grid
+from attnproc.layout import Grid, once
 
 
 class MochiSite(SiteProcessor):
@@ -32,7 +32,7 @@ class MochiSite(SiteProcessor):
         both = zip((query, key, value), project_text(attn, encoder_hidden_states), strict=True)
         query, key, value = (torch.cat([v, t.take_along_dim(valid_first, dim=1)], dim=1) for v, t in both)
         out = self.attend(
-            *heads_first(query, key, value), text_tokens=text, text_valid=attention_mask.sum(1, dtype=torch.int32)
+            *heads_first(query, key, value), text_tokens=text, text_valid=once(attention_mask, _valid_text)
         )
         return project_out(attn, *heads_joined(out, query.dtype).split([video, text], dim=1))
 
@@ -54,6 +54,10 @@ class MochiSite(SiteProcessor):
             answer = super()._dense(q, k, v, None, None, 0)
             out.append(F.pad(answer, (0, 0, 0, tokens - kept)))
         return torch.cat(out)
+
+
+def _valid_text(mask: Tensor) -> Tensor:
+    return mask.sum(1, dtype=torch.int32)
 
 
 def _rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class RadialAttnProcessor(AttnProcessor):
         if valid is None:
             return Plan(decided)
         # All layers of a step have the same padding: sharing one mask also shares what backends derive from it.
-        lengths = valid.tolist()
+        lengths = call.layout.text_lengths
         known, mask = call.cache.get((key, "padded"), (None, None))
         if known != lengths:
             mask = decided.with_key_valid(valid)
