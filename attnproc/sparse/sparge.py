@@ -1,0 +1,432 @@
+"""SpargeAttn: every call predicts from pooled blocks which key blocks matter, for each sample and head. No training.
+
+Source: "SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference" (arXiv 2502.18137), sections 3.2 to
+3.5, and its released code at bfd980b, whose similarity and selection rules published settings were tuned with.
+
+A block of tokens that are alike is well spoken for by its mean. So the means of the query blocks attend to those of
+the key blocks, and each query block keeps the key blocks that this small attention map ranks first. Blocks whose
+tokens are not alike cannot be judged by their mean and stay: such query blocks see, and such key blocks are seen by,
+everything. Hilbert order brings tokens that are alike together. Inside the kernel a second filter leaves out key
+blocks that turn out too weak to matter. Text is never dropped.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnproc.calibration import Calibration
+from attnproc.errors import SettingsError
+from attnproc.kernels import BlockMask
+from attnproc.kernels.block_mask import count_blocks
+from attnproc.kernels.scores import pool_blocks, token_mean
+from attnproc.layout import AttentionCall, TokenLayout
+from attnproc.processor import AttnProcessor, Dense, Plan
+from attnproc.sparse.token_orders import TOKEN_ORDERS, token_order
+
+BLOCK_SIZE = (128, 64)  # query block, key block: the published kernels' on most devices
+JUDGE_OFF = -0.1  # any negative similarity does
+CHUNK_BYTES = 1 << 28  # of scratch memory for the scores of a few heads
+PAIR_BYTES = 24  # scratch for each pair of blocks: score, sorted score, int64 place, running sum, two bool maps
+
+PerHead = float | tuple[float, ...]
+
+#: setting -> what is valid, in words and as a test
+THRESHOLDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "density": ("above 0.0 and up to 1.0", lambda x: 0.0 < x <= 1.0),
+    "cdf_threshold": ("from 0.0 to 1.0", lambda x: 0.0 <= x <= 1.0),
+    "similarity_threshold": ("up to 1.0, negative to judge none", lambda x: -math.inf < x <= 1.0),
+    "skip_threshold": ("above 0 (in powers of 2)", lambda x: x > 0.0),
+}
+
+
+@dataclass(kw_only=True)
+class SpargeAttnProcessor(AttnProcessor):
+    """SpargeAttn as a processor. Remembers nothing between calls; every sample and head gets a mask of its own.
+
+    Beside the settings of `AttnProcessor`; at most one of density, cdf_threshold and calibration is given:
+
+    Args:
+        density: kept fraction of the key blocks of each query block, above 0.0 to 1.0, rounded down to blocks, one at
+            least. Blocks that are always kept (text, tail, not alike) may come on top. "topk" in the released code.
+        cdf_threshold: keep key blocks by falling score while their shares add up to no more than this, 0.0 to 1.0
+            (tau in the paper); 0.9 to 0.99 is usual.
+        calibration: path of a file with thresholds tuned for each layer and head, made by `attnproc calibrate`. It
+            takes the place of density and the three thresholds, and must have been made with the other settings here.
+        similarity_threshold: query blocks whose tokens have a mean cosine of no more than this see all, key blocks
+            like that are seen by all; up to 1.0 (theta in the paper). A negative value, the default, judges none; the
+            paper has 0.6 with cdf_threshold=0.98.
+        skip_threshold: leave out a kept block in the kernel when its scores stay 2**this below the largest of every
+            query of the block; above 0, 3 to 15 is useful. None never does.
+        attention_sink: keep the first key block for every query.
+        token_order: "hilbert", "row-major" (the order of the model), "column-major" or "time-major"; blocks are made
+            in this order.
+        min_tokens: calls with fewer tokens run dense.
+        block_size: None is 128 for queries and 64 for keys; a number is for both.
+
+    density, cdf_threshold, similarity_threshold and skip_threshold may be a tuple with one number for each head.
+    """
+
+    name: ClassVar[str] = "sparge"
+    dial: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "high": {"density": 0.5, "similarity_threshold": JUDGE_OFF, "dense_steps": 0, "dense_layers": 2},
+        "balanced": {"density": 0.4, "similarity_threshold": JUDGE_OFF, "dense_steps": 0, "dense_layers": 1},
+        "fast": {"density": 0.3, "similarity_threshold": JUDGE_OFF, "dense_steps": 0, "dense_layers": 0},
+    }
+
+    density: PerHead | None = None
+    cdf_threshold: PerHead | None = None
+    calibration: str | None = None
+    similarity_threshold: PerHead | None = None
+    skip_threshold: PerHead | None = None
+    attention_sink: bool = False
+    token_order: str = "hilbert"
+    min_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in THRESHOLDS if getattr(self, name) is not None}
+        if self.calibration is not None:
+            self.calibration = str(self.calibration)
+            if given:
+                raise SettingsError(
+                    f"calibration={self.calibration!r} and {', '.join(given)} came together; a calibration holds them "
+                    "all for each layer and head. Give one or the other."
+                )
+            Calibration.load(self.calibration)
+        if "density" in given and "cdf_threshold" in given:
+            raise SettingsError(
+                f"density={self.density!r} and cdf_threshold={self.cdf_threshold!r} came together; give one of them: "
+                "a fixed share of the blocks, or as many blocks as hold a share of the attention."
+            )
+        super().__post_init__()
+        if self.calibration is not None:
+            self.density = self.similarity_threshold = None
+        elif self.cdf_threshold is not None:
+            self.density = None
+        for name, (expected, fits) in THRESHOLDS.items():
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if value == () or not all(_is_number(x) and fits(x) for x in numbers):
+                raise SettingsError(
+                    f"{name}={value!r} is not valid; expected a number {expected}; give one, or a tuple with one for "
+                    "each head."
+                )
+        check_block_settings(self.attention_sink, self.token_order)
+        if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
+            raise SettingsError(f"min_tokens={self.min_tokens!r} must be an int of at least 0; 0 is no minimum.")
+
+    def check(self, layout: TokenLayout) -> None:
+        if self.calibration is not None and layout.tokens >= self.min_tokens:
+            self._require(Calibration.load(self.calibration), layout)
+
+    def plan(self, call: AttentionCall) -> Plan | Dense:
+        layout = call.layout
+        if layout.tokens < self.min_tokens:
+            return Dense(
+                f"{layout.tokens} tokens; SpargeAttn expects at least min_tokens={self.min_tokens}, "
+                "use a larger video or a smaller min_tokens"
+            )
+        heads = self._tuned(call) if self.calibration else self._thresholds(call)
+        if isinstance(heads, Dense):
+            return heads
+        order = order_of(self.token_order, call)
+        blocks = predict_blocks(
+            call.query,
+            call.key,
+            self._block_size,
+            density=heads.density,
+            cdf_threshold=heads.cdf,
+            similarity_threshold=heads.similarity,
+            key_valid=layout.key_valid,
+            text_start=layout.video_tokens if layout.text_tokens else None,
+            attention_sink=self.attention_sink,
+            token_order=order,
+        )
+        mask = BlockMask.from_blocks(blocks, layout.tokens, layout.tokens, self._block_size, layout.key_valid)
+        return Plan(mask, order, heads.skip)
+
+    def predicted_density(self, layout: TokenLayout) -> float:
+        """Kept share of the blocks: exact for `density` without text, else an upper bound.
+
+        Text blocks come on top only where their rank does not keep them. Blocks that hold a share of the attention
+        are at most that share of all blocks, as the largest come first. Blocks kept because their tokens are not
+        alike are not known without data and left out. With a calibration: the mean of what it measured.
+        """
+        if layout.tokens < self.min_tokens:
+            return 1.0
+        if self.calibration is not None:
+            calibration = Calibration.load(self.calibration)
+            self._require(calibration, layout)
+            found = [component["density"] for component in calibration.header["components"].values()]
+            return sum(found) / len(found)
+        query_size, key_size = self._block_size
+        rows, columns = count_blocks(layout.tokens, query_size), count_blocks(layout.tokens, key_size)
+        video = layout.video_tokens if layout.text_tokens else layout.tokens
+        whole_rows, whole_columns = video // query_size, video // key_size
+        share = self.density if self.density is not None else self.cdf_threshold
+        shares = share if isinstance(share, tuple) else (share,)
+        counts = (torch.tensor(shares, dtype=torch.float32) * columns).int().clamp(min=1)
+        kept = float((counts + columns - whole_columns).clamp(max=columns).float().mean())
+        return (whole_rows * kept + (rows - whole_rows) * columns) / (rows * columns)
+
+    @property
+    def _block_size(self) -> tuple[int, int]:
+        return block_size_of(self.block_size)
+
+    def _thresholds(self, call: AttentionCall) -> "HeadThresholds":
+        """The settings as one number for each head on the device of the call."""
+        heads, device = call.query.shape[1], call.query.device
+        values = {name: getattr(self, name) for name in THRESHOLDS}
+        key = (self.name, "thresholds", *values.values(), heads, str(device))
+        if key not in call.cache:
+            call.cache[key] = HeadThresholds.of(heads, device, **values)
+        return call.cache[key]
+
+    def _tuned(self, call: AttentionCall) -> "HeadThresholds | Dense":
+        """What the calibration says for a layer; Dense where it leaves every head dense."""
+        layout, device = call.layout, call.query.device
+        made_with = tuple(self._made_with().values())
+        key = (
+            self.name,
+            "tuned",
+            self.calibration,
+            call.layer,
+            layout.grid,
+            layout.text_tokens,
+            made_with,
+            str(device),
+        )
+        if key not in call.cache:
+            assert self.calibration is not None
+            calibration = Calibration.load(self.calibration)
+            component = self._require(calibration, layout, call)
+            cdf, similarity, skip = (
+                calibration.tensors[f"{component}.{name}"][call.layer] for name in list(THRESHOLDS)[1:]
+            )
+            skips = bool(skip.isfinite().any())
+            found = HeadThresholds(None, cdf.to(device), similarity.to(device), skip.to(device) if skips else None)
+            call.cache[key] = found if skips or bool((cdf < 1.0).any()) else Dense()
+        return call.cache[key]
+
+    def _require(self, calibration: Calibration, layout: TokenLayout, call: AttentionCall | None = None) -> str:
+        facts: dict[str, Any] = {}
+        if call is not None:
+            facts = {"denoiser": call.denoiser, "heads": call.query.shape[1], "head_dim": call.query.shape[3]}
+        return calibration.require(method=self.name, layout=layout, **facts, **self._made_with())
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a calibration must have been made with."""
+        query_block, key_block = self._block_size
+        return {
+            "query_block": query_block,
+            "key_block": key_block,
+            "attention_sink": self.attention_sink,
+            "token_order": self.token_order,
+            "quantization": self.quantization,
+        }
+
+
+class HeadThresholds(NamedTuple):
+    """float32 (heads,) each, as the settings of the same names; None as there."""
+
+    density: Tensor | None
+    cdf: Tensor | None
+    similarity: Tensor
+    skip: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        heads: int,
+        device: torch.device,
+        *,
+        density: PerHead | Tensor | None,
+        cdf_threshold: PerHead | Tensor | None,
+        similarity_threshold: PerHead | Tensor,
+        skip_threshold: PerHead | Tensor | None = None,
+    ) -> "HeadThresholds":
+        """One number for each head of settings that may be one for all."""
+        if (density is None) == (cdf_threshold is None):
+            raise SettingsError(
+                f"density={density!r} and cdf_threshold={cdf_threshold!r}; expected exactly one of them, give one."
+            )
+        return cls(
+            None if density is None else _per_head("density", density, heads, device),
+            None if cdf_threshold is None else _per_head("cdf_threshold", cdf_threshold, heads, device),
+            _per_head("similarity_threshold", similarity_threshold, heads, device),
+            None if skip_threshold is None else _per_head("skip_threshold", skip_threshold, heads, device),
+        )
+
+    def some(self, heads: slice) -> "HeadThresholds":
+        """Those of some heads."""
+        return HeadThresholds._make(x if x is None else x[heads] for x in self)
+
+
+class BlockScores(NamedTuple):
+    """What selection knows of a call; blocks without a similarity (tail, a zero token) have -inf."""
+
+    scores: Tensor  # float32 (batch, heads, query blocks, key blocks), of the means, scaled
+    query_similarity: Tensor  # float32 (batch, heads, query blocks)
+    key_similarity: Tensor  # float32 (batch, heads, key blocks)
+
+
+def predict_blocks(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    density: float | Tensor | None = None,
+    cdf_threshold: float | Tensor | None = None,
+    similarity_threshold: float | Tensor = JUDGE_OFF,
+    scale: float | None = None,
+    key_valid: Tensor | None = None,
+    text_start: int | None = None,
+    attention_sink: bool = False,
+    token_order: Tensor | None = None,
+) -> Tensor:
+    """The block mask of SpargeAttn for a self-attention call (arXiv 2502.18137, section 3.2, algorithm 1).
+
+    query, key: (batch, heads, tokens, head_dim), keys not smoothed.
+    block_size: (query block, key block) in tokens.
+    density, cdf_threshold, similarity_threshold, attention_sink: as in `SpargeAttnProcessor`, exactly one of the first
+        two; a number, or float32 (heads,).
+    scale: of the scores, head_dim ** -0.5 by default.
+    key_valid: integers (batch,) or (1,), valid tokens of each sample, a prefix. The mask of a padded sample is that of
+        the sample without padding.
+    text_start: first text token; text stands at the end. None: no text.
+    token_order: integers (1, tokens), position p of the blocks is token token_order[0, p]. Text must stay in place.
+
+    Returns bool (batch, heads, query blocks, key blocks). Every query block keeps at least one key block, if there is
+    a valid key.
+    """
+    batch, heads, tokens, _ = query.shape
+    grid = [count_blocks(tokens, size) for size in block_size]
+    thresholds = HeadThresholds.of(
+        heads,
+        query.device,
+        density=density,
+        cdf_threshold=cdf_threshold,
+        similarity_threshold=similarity_threshold,
+    )
+    always = always_kept(tokens, block_size, text_start, attention_sink, query.device)
+    real = real_keys(tokens, block_size[1], key_valid, query.device)
+    blocks = torch.empty(batch, heads, *grid, dtype=torch.bool, device=query.device)
+    for part in head_chunks(query, block_size):
+        queries, keys = query[:, part], key[:, part]
+        if token_order is not None:
+            queries, keys = (x.index_select(2, token_order[0]) for x in (queries, keys))
+        found = score_blocks(queries, keys, block_size, scale=scale, key_valid=key_valid)
+        blocks[:, part] = (select_blocks(found, thresholds.some(part), real) | always) & real
+    return blocks
+
+
+def score_blocks(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    key_valid: Tensor | None = None,
+) -> BlockScores:
+    """Scores and similarities of the blocks of a call; arguments as in `predict_blocks`."""
+    # A shift of all keys changes no softmax, but a large common part would make every block of keys look alike.
+    # Keys with NaN or infinity stay where they are, so that only their own blocks suffer.
+    shift = token_mean(key, key_valid).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    queries = pool_blocks(query, block_size[0], valid=key_valid)
+    keys = pool_blocks(key, block_size[1], valid=key_valid, shift=shift)
+    scores = queries.mean @ keys.mean.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    query_similarity, key_similarity = (x.similarity.masked_fill(~x.regular, -torch.inf) for x in (queries, keys))
+    return BlockScores(scores, query_similarity, key_similarity)
+
+
+def select_blocks(found: BlockScores, thresholds: HeadThresholds, real: Tensor) -> Tensor:
+    """bool (batch, heads, query blocks, key blocks): blocks kept by rank, and those that cannot be judged.
+
+    real: bool (batch or 1, 1, 1, key blocks), key blocks that hold a valid key; only these count in a density.
+    """
+    columns = found.scores.shape[-1]
+    alike_queries = found.query_similarity > thresholds.similarity[:, None]
+    alike_keys = found.key_similarity > thresholds.similarity[:, None]
+    scores = found.scores.masked_fill(~alike_keys[:, :, None], -torch.inf)
+    # Ranked by score, not by share: distant shares underflow to 0 and would tie.
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    if thresholds.density is not None:
+        # A product in float32, where 0.29 * 100 is 29.
+        count = (thresholds.density[:, None, None] * real.sum(-1, keepdim=True)).int()
+    else:
+        assert thresholds.cdf is not None
+        threshold = thresholds.cdf[:, None, None]
+        count = (ranked.softmax(-1).cumsum(-1) <= threshold).sum(-1, keepdim=True)
+        count = torch.where(threshold >= 1.0, columns, count)  # a running sum may end above 1
+    first = torch.arange(columns, device=scores.device) < count.clamp(min=1)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first.expand(order.shape))
+    return kept | ~alike_keys[:, :, None] | ~alike_queries[..., None]
+
+
+def always_kept(
+    tokens: int, block_size: tuple[int, int], text_start: int | None, attention_sink: bool, device: torch.device
+) -> Tensor:
+    """bool (query blocks, key blocks): what text and sink keep; arguments as in `predict_blocks`."""
+    blocks = torch.zeros(*(count_blocks(tokens, size) for size in block_size), dtype=torch.bool, device=device)
+    if text_start is not None:
+        blocks[text_start // block_size[0] :] = True
+        blocks[:, text_start // block_size[1] :] = True
+    if attention_sink:
+        blocks[:, 0] = True
+    return blocks
+
+
+def real_keys(tokens: int, key_size: int, key_valid: Tensor | None, device: torch.device) -> Tensor:
+    """bool (batch or 1, 1, 1, key blocks): key blocks that hold a valid key."""
+    starts = torch.arange(0, tokens, key_size, device=device)
+    valid = torch.full((1,), tokens, device=device) if key_valid is None else key_valid.to(device)
+    return starts < valid.view(-1, 1, 1, 1)
+
+
+def head_chunks(query: Tensor, block_size: tuple[int, int]) -> Iterator[slice]:
+    """Slices of the heads, so many at a time that scratch memory stays small."""
+    batch, heads, tokens, head_dim = query.shape
+    pairs = count_blocks(tokens, block_size[0]) * count_blocks(tokens, block_size[1])
+    each = batch * (pairs * PAIR_BYTES + 2 * tokens * head_dim * query.element_size())
+    step = max(CHUNK_BYTES // each, 1)
+    return (slice(start, min(start + step, heads)) for start in range(0, heads, step))
+
+
+def _per_head(name: str, value: PerHead | Tensor, heads: int, device: torch.device) -> Tensor:
+    numbers = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if numbers.ndim == 1 and len(numbers) != heads:
+        raise SettingsError(
+            f"{name}={value!r} has {len(numbers)} entries and the call {heads} heads; give one number for each head, "
+            "or one for all. Under context parallelism a device has only some of the heads."
+        )
+    return numbers.expand(heads)
+
+
+def block_size_of(block_size: int | None) -> tuple[int, int]:
+    """(query block, key block) that a `block_size` setting stands for."""
+    return BLOCK_SIZE if block_size is None else (block_size, block_size)
+
+
+def order_of(name: str, call: AttentionCall) -> Tensor | None:
+    """int32 (1, tokens) on the device of the call, or None for the order of the model."""
+    if name == "row-major":
+        return None
+    layout, device = call.layout, call.query.device
+    key = ("token order", name, layout.grid, layout.text_tokens, str(device))
+    if key not in call.cache:
+        call.cache[key] = token_order(name, layout).to(device)[None]
+    return call.cache[key]
+
+
+def check_block_settings(attention_sink: Any, token_order: Any) -> None:
+    if not isinstance(attention_sink, bool):
+        raise SettingsError(f"attention_sink={attention_sink!r} must be True or False; False is the default.")
+    if token_order not in TOKEN_ORDERS:
+        raise SettingsError(f"token_order={token_order!r} is not known; choose one of {', '.join(TOKEN_ORDERS)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
