@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
-from attnproc.kernels import BACKENDS, BlockMask, Quantization
+from attnproc.kernels import BACKENDS, FEATURES, BlockMask, Quantization
 from attnproc.layout import AttentionCall, Step, TokenLayout
 
 QUALITIES = ("high", "balanced", "fast")
@@ -85,6 +85,13 @@ class AttnProcessor:
             Quantization.parse(self.quantization)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        needed = self.kernel_features() | (frozenset(("quantization",)) if self.quantization else frozenset())
+        if missing := needed - FEATURES.get(self.backend, needed):
+            fit = [name for name in BACKENDS if needed <= FEATURES[name]]
+            raise SettingsError(
+                f"backend={self.backend!r} cannot do {', '.join(sorted(missing))}, which these settings of {self.name} "
+                f"need; choose one of auto, {', '.join(fit)}."
+            )
         if not isinstance(self.strict, bool):
             raise SettingsError(f"strict={self.strict!r} must be True or False.")
         self.dense_steps = _dense_steps(self.dense_steps)
@@ -101,6 +108,10 @@ class AttnProcessor:
     def predicted_density(self, layout: TokenLayout) -> float:
         """Kept share of query-key pairs that `plan` will have on this layout, known without data. 1.0 = dense."""
         raise NotImplementedError
+
+    def kernel_features(self) -> frozenset[str]:
+        """What plans with these settings need of a backend, in the words of `attnproc.kernels.FEATURES`."""
+        return frozenset()
 
     def mask(self, layout: TokenLayout) -> BlockMask | None:
         """The mask of a layout where the pattern is fixed and so known without data, on the CPU; else None."""

@@ -99,6 +99,9 @@ class PAROAttnProcessor(AttnProcessor):
         if not self._too_small(layout):
             self._open().require(method=self.name, layout=layout, **self._made_with())
 
+    def kernel_features(self) -> frozenset[str]:
+        return frozenset(("token_order",))
+
     def predicted_density(self, layout: TokenLayout) -> float:
         """The mean over layers and slots of the file's density; without a file what `density` or `quality` asks for."""
         if self._too_small(layout):

@@ -24,15 +24,13 @@ from attnproc.errors import SettingsError, UnsupportedError
 from attnproc.kernels import BlockMask, block_sparse_attention
 from attnproc.kernels.block_mask import count_blocks
 from attnproc.layout import AttentionCall, Step
-from attnproc.sparse.sparge import (
+from attnproc.sparse.sparge import block_size_of, check_block_settings, order_of
+from attnproc.sparse.sparge_prediction import (
     JUDGE_OFF,
     BlockScores,
     HeadThresholds,
     always_kept,
-    block_size_of,
-    check_block_settings,
     head_chunks,
-    order_of,
     real_keys,
     score_blocks,
     select_blocks,

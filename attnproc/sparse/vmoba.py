@@ -133,6 +133,9 @@ class VMoBAAttnProcessor(AttnProcessor):
             return mask
         return Plan(mask, token_order=None if len(spec) == 1 else blocks.token_order)  # slabs are in order already
 
+    def kernel_features(self) -> frozenset[str]:
+        return frozenset(("token_order", "partial blocks", "ragged blocks"))
+
     def predicted_density(self, layout: TokenLayout) -> float:
         """Share of query-key pairs selected, the mean over the partitions.
 

@@ -2,13 +2,14 @@
 
 from . import oracle, scores
 from .attention import block_sparse_attention, choose_backend
-from .backends import BACKENDS, available_backends
+from .backends import BACKENDS, FEATURES, available_backends
 from .block_mask import BlockMask
 from .quantize import Quantization
 from .rules import ChunkBits, Ranges
 
 __all__ = [
     "BACKENDS",
+    "FEATURES",
     "BlockMask",
     "ChunkBits",
     "Quantization",

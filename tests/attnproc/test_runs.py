@@ -351,3 +351,12 @@ def test_a_bar_that_is_switched_off_ends_its_loop_too(wan):
     for item in pipe.progress_bar([1, 2]):
         seen.append((item, context._loop is not None))
     assert seen == [(1, True), (2, True)] and context._loop is None
+
+
+@pytest.mark.parametrize("method", ["vmoba", "sparge", "paro"])
+def test_a_backend_that_cannot_run_the_plans_is_refused_at_once(method):
+    from attnproc.methods import method_class
+
+    for backend in ("flex", "fa4"):
+        with pytest.raises(attnproc.SettingsError, match=f"backend='{backend}' cannot do .*token_order"):
+            method_class(method)(backend=backend)
