@@ -225,7 +225,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
                 (size, size),
                 query_offsets=bounds,
                 key_offsets=bounds,
-                query_valid=valid,
+                
                 key_valid=valid,
             )
             mass = scale_rows(mass, tokens)

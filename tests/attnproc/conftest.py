@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Methods:
     def __init__(self, folder: Path, tiny_models: dict[str, Any]):
         self.folder, self.tiny_models = folder, tiny_models
         self._plans: dict[Any, str] = {}
+        self._numbers = count()
 
     def make(self, method: str, plan: Callable[[float], str] | None = None, **settings: Any) -> Any:
         """A processor; `plan` gives the calibration of PAROAttention at a density."""
@@ -52,24 +54,29 @@ class Methods:
         """A processor for one attention call, calibrated on it."""
         return self.make(method, lambda density: self._call_plan(call, density, settings.get("block_size")), **settings)
 
+    def plan_of(self, model: Any, inputs: dict[str, Any], density: float) -> str:
+        """Path of a calibration of a model."""
+
+        def walk(processor: Any) -> None:
+            attnproc.install(model, processor)
+            with torch.no_grad():
+                model(**inputs)
+
+        path = self._calibrate(walk, density)
+        attnproc.uninstall(model)
+        return path
+
     def _model_plan(self, name: str, density: float) -> str:
         if (name, density) not in self._plans:
             tiny = self.tiny_models[name]
-            model, inputs = tiny.model(), tiny.inputs(2)
-
-            def walk(processor: Any) -> None:
-                attnproc.install(model, processor)
-                with torch.no_grad():
-                    model(**inputs)
-
-            self._plans[name, density] = self._calibrate(walk, density, f"{name}-{density}", SMALL["paro"]["block_size"])
+            self._plans[name, density] = self.plan_of(tiny.model(), tiny.inputs(2), density)
         return self._plans[name, density]
 
     def _call_plan(self, call: Any, density: float, block_size: int | None) -> str:
-        size = block_size or SMALL["paro"]["block_size"]
-        return self._calibrate(lambda processor: processor.plan(call), density, f"call-{len(self._plans)}", size)
+        return self._calibrate(lambda processor: processor.plan(call), density, block_size or 16)
 
-    def _calibrate(self, walk: Callable[[Any], Any], density: float, file: str, block_size: int) -> str:
+    def _calibrate(self, walk: Callable[[Any], Any], density: float, block_size: int = 16) -> str:
+        path = self.folder / f"{next(self._numbers)}.safetensors"
         processor = PAROCalibrationProcessor(block_size=block_size, density=density, slot_policy="uniform", slots=1)
         for _ in processor.rounds:
             walk(processor)
@@ -77,8 +84,8 @@ class Methods:
             processor.end_round()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AttnProcWarning)  # tiny grids: much is forced
-            processor.finish().save(self.folder / f"{file}.safetensors")
-        return str(self.folder / f"{file}.safetensors")
+            processor.finish().save(path)
+        return str(path)
 
 
 @pytest.fixture(scope="session")

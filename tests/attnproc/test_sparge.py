@@ -15,15 +15,9 @@ from attnproc.errors import AttnProcWarning, SettingsError
 from attnproc.kernels import block_sparse_attention
 from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.processor import AttnProcessor, Dense
-from attnproc.sparse import sparge
-from attnproc.sparse.sparge import (
-    BlockScores,
-    HeadThresholds,
-    SpargeAttnProcessor,
-    predict_blocks,
-    score_blocks,
-    select_blocks,
-)
+from attnproc.sparse import sparge_prediction
+from attnproc.sparse.sparge import SpargeAttnProcessor
+from attnproc.sparse.sparge_prediction import BlockScores, HeadThresholds, predict_blocks, score_blocks, select_blocks
 from attnproc.sparse.token_orders import TOKEN_ORDERS, token_order
 
 SMALL = {"block_size": 16, "min_tokens": 0, "dense_layers": 0}
@@ -336,7 +330,7 @@ def test_samples_and_heads_are_judged_alone(seed, rule, monkeypatch):
     valid = torch.tensor([150, 131, 148])
     options = {**rule, "text_start": 130}
     expected = predict_blocks(query, key, (16, 16), key_valid=valid, **options)
-    monkeypatch.setattr(sparge, "CHUNK_BYTES", 1)  # one head at a time
+    monkeypatch.setattr(sparge_prediction, "CHUNK_BYTES", 1)  # one head at a time
     for sample in range(3):
         one = slice(sample, sample + 1)
         assert torch.equal(

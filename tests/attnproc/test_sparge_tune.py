@@ -13,7 +13,7 @@ from attnproc.errors import SettingsError, UnsupportedError
 from attnproc.kernels import block_sparse_attention
 from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.processor import AttnProcessor, Dense
-from attnproc.sparse import sparge, sparge_tune
+from attnproc.sparse import sparge_prediction, sparge_tune
 from attnproc.sparse.sparge import SpargeAttnProcessor
 from attnproc.sparse.sparge_tune import SpargeCalibrationProcessor, Tuned, join, smallest
 
@@ -218,7 +218,7 @@ def test_padding_is_not_measured(seed):
 def test_heads_are_tuned_alone(seed, monkeypatch):
     calls = [call_of(tokens_like(seed), layer) for layer in range(2)]
     expected = calibrated(calls)
-    monkeypatch.setattr(sparge, "CHUNK_BYTES", 1)  # one head at a time
+    monkeypatch.setattr(sparge_prediction, "CHUNK_BYTES", 1)  # one head at a time
     found = calibrated(calls)
     for name in expected.tensors:
         torch.testing.assert_close(found.tensors[name], expected.tensors[name], atol=2e-3, rtol=1e-2)
