@@ -14,7 +14,7 @@ from torch import Tensor
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
 from attnproc.kernels import BACKENDS, FEATURES, BlockMask, Quantization
-from attnproc.layout import AttentionCall, Step, TokenLayout
+from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 
 QUALITIES = ("high", "balanced", "fast")
 
@@ -120,6 +120,9 @@ class AttnProcessor:
     def check(self, layout: TokenLayout) -> None:
         """Raises SettingsError if these settings cannot be used with a layout. Called as a run starts."""
 
+    def check_model(self, layout: TokenLayout, denoiser: Denoiser, heads: int, head_dim: int) -> None:
+        """As `check`, with what is known of the model only when it runs; of `heads` those of one device."""
+
     # -- warm-up -----------------------------------------------------------------------------------------------------
 
     def dense_step_count(self, total: int) -> tuple[int, int]:
@@ -220,7 +223,7 @@ class AttnProcessor:
             raise SettingsError(
                 f"settings file {path} is not a settings file ({error}); expected JSON written by save()."
             ) from error
-        found = method_class(method)
+        found = cls if method == cls.name else method_class(method)  # a method of one's own is on no list
         if not issubclass(found, cls):
             raise SettingsError(
                 f"settings file {path} is for {method!r}, not for {cls.name!r}; load it with that class."

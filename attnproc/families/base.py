@@ -139,6 +139,8 @@ class SiteProcessor:
         layout = TokenLayout(grid, text_tokens, text_valid)  # type: ignore[arg-type]
         if step.index == 0:
             processor.check(layout)
+            if self.layer == 0:
+                processor.check_model(layout, self.context.denoiser, query.shape[1] // self._ranks(), query.shape[3])
             self._check_backend(query, layout)
         return Dense() if asked_for else layout
 

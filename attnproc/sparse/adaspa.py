@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnproc.errors import AttnProcWarning, SettingsError
-from attnproc.kernels import BlockMask
+from attnproc.kernels import FEATURES, BlockMask
 from attnproc.kernels.block_mask import make_lists
 from attnproc.kernels.scores import block_mass, dense_lse
 from attnproc.layout import AttentionCall, Step, TokenLayout
@@ -189,6 +189,14 @@ class AdaSpaAttnProcessor(AttnProcessor):
             known = self._remember(call, segments, found, found.lse if self.update_lse else known.lse)
         return Plan(known.mask(segments, layout.key_valid))
 
+    def check(self, layout: TokenLayout) -> None:
+        ragged = self._segments(layout).are_ragged and self.predicted_density(layout) < 1.0
+        if ragged and self.backend != "auto" and "ragged blocks" not in FEATURES[self.backend]:
+            raise SettingsError(
+                f"backend={self.backend!r} takes blocks of one size only, but {layout.video_tokens} video tokens end "
+                "in a shorter block before the text; use backend='auto', or a grid or block_size that fits."
+            )
+
     def predicted_density(self, layout: TokenLayout) -> float:
         """Kept share of query-key pairs of a sparse call, for even heads and text without padding."""
         segments = self._segments(layout)
@@ -225,7 +233,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
                 (size, size),
                 query_offsets=bounds,
                 key_offsets=bounds,
-                
+                query_valid=valid,
                 key_valid=valid,
             )
             mass = scale_rows(mass, tokens)
@@ -330,8 +338,8 @@ def _mask(blocks: Tensor, segments: Segments, key_valid: Tensor | None) -> Block
 
 def _facts(call: AttentionCall, segments: Segments) -> tuple:
     """All that must be as it was for a choice to hold."""
-    query, valid = call.query, call.layout.text_valid
-    return segments, query.shape, query.dtype, query.device, None if valid is None else valid.tolist()
+    query = call.query
+    return segments, query.shape, query.dtype, query.device, call.layout.text_lengths
 
 
 def _head_chunks(query: Tensor, segments: Segments) -> Iterator[slice]:

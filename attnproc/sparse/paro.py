@@ -21,7 +21,7 @@ from torch import Tensor
 from attnproc.calibration import Calibration
 from attnproc.errors import SettingsError
 from attnproc.kernels import BlockMask
-from attnproc.layout import AttentionCall, Grid, TokenLayout
+from attnproc.layout import AttentionCall, Denoiser, Grid, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
 
 #: axis orders, the last letter fastest; where two are as good as each other, the first of this list is taken
@@ -98,6 +98,11 @@ class PAROAttnProcessor(AttnProcessor):
     def check(self, layout: TokenLayout) -> None:
         if not self._too_small(layout):
             self._open().require(method=self.name, layout=layout, **self._made_with())
+
+    def check_model(self, layout: TokenLayout, denoiser: Denoiser, heads: int, head_dim: int) -> None:
+        if not self._too_small(layout):
+            facts = {"denoiser": denoiser, "heads": heads, "head_dim": head_dim, **self._made_with()}
+            self._open().require(method=self.name, layout=layout, **facts)
 
     def kernel_features(self) -> frozenset[str]:
         return frozenset(("token_order",))

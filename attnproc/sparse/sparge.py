@@ -23,7 +23,7 @@ from attnproc.calibration import Calibration
 from attnproc.errors import SettingsError
 from attnproc.kernels import BlockMask
 from attnproc.kernels.block_mask import count_blocks
-from attnproc.layout import AttentionCall, TokenLayout
+from attnproc.layout import AttentionCall, Denoiser, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
 from attnproc.sparse.sparge_prediction import JUDGE_OFF, HeadThresholds, PerHead, predict_blocks
 from attnproc.sparse.token_orders import TOKEN_ORDERS, token_order
@@ -118,6 +118,11 @@ class SpargeAttnProcessor(AttnProcessor):
         if self.calibration is not None and layout.tokens >= self.min_tokens:
             self._require(Calibration.load(self.calibration), layout)
 
+    def check_model(self, layout: TokenLayout, denoiser: Denoiser, heads: int, head_dim: int) -> None:
+        if self.calibration is not None and layout.tokens >= self.min_tokens:
+            facts = {"denoiser": denoiser, "heads": heads, "head_dim": head_dim}
+            self._require(Calibration.load(self.calibration), layout, **facts)
+
     def plan(self, call: AttentionCall) -> Plan | Dense:
         layout = call.layout
         if layout.tokens < self.min_tokens:
@@ -205,7 +210,8 @@ class SpargeAttnProcessor(AttnProcessor):
         if key not in call.cache:
             assert self.calibration is not None
             calibration = Calibration.load(self.calibration)
-            component = self._require(calibration, layout, call)
+            facts = {"denoiser": call.denoiser, "heads": call.query.shape[1], "head_dim": call.query.shape[3]}
+            component = self._require(calibration, layout, **facts)
             cdf, similarity, skip = (
                 calibration.tensors[f"{component}.{name}"][call.layer] for name in list(THRESHOLDS)[1:]
             )
@@ -214,10 +220,7 @@ class SpargeAttnProcessor(AttnProcessor):
             call.cache[key] = found if skips or bool((cdf < 1.0).any()) else Dense()
         return call.cache[key]
 
-    def _require(self, calibration: Calibration, layout: TokenLayout, call: AttentionCall | None = None) -> str:
-        facts: dict[str, Any] = {}
-        if call is not None:
-            facts = {"denoiser": call.denoiser, "heads": call.query.shape[1], "head_dim": call.query.shape[3]}
+    def _require(self, calibration: Calibration, layout: TokenLayout, **facts: Any) -> str:
         return calibration.require(method=self.name, layout=layout, **facts, **self._made_with())
 
     def _made_with(self) -> dict[str, Any]:

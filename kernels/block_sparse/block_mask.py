@@ -8,7 +8,8 @@ token by token.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from .rules import TokenRule
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+
+FIELDS = ("counts", "indices", "key_valid", "partial_counts", "partial_indices", "query_offsets", "key_offsets")
+
+# The masks there are, by the ids of their tensors: those are all that goes through compiled code (see op.py).
+living: "WeakValueDictionary[tuple[int, ...], BlockMask]" = WeakValueDictionary()
 
 
 def count_blocks(length: int, block: int) -> int:
@@ -32,6 +39,7 @@ class KeyMajor(NamedTuple):
     indices: Tensor  # int32 (Bm, Hm, Nk, M)
     partial_counts: Tensor | None
     partial_indices: Tensor | None
+    order: Tensor  # int32 (Bm, Hm, Nk): key blocks by the length of their lists, longest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +122,8 @@ class BlockMask:
             self.rule.check(self.query_length, self.key_length, self.grid)
         if self.key_valid is not None:
             self._check_key_valid(self.key_valid)
+        if not torch.compiler.is_compiling():
+            living[tuple(id(tensor) for tensor in self.tensors)] = self
 
     # Ways to build one
 
@@ -232,10 +242,17 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The mask with its tensors on `device`."""
-        moved = {name: tensor.to(device) for name, tensor in self._named_tensors() if not name.startswith("rule.")}
+        moved: dict[str, Any] = {
+            name: tensor.to(device) for name, tensor in self._named_tensors() if not name.startswith("rule.")
+        }
         return replace(self, **moved, rule=None if self.rule is None else self.rule.to(device))
 
     # What it says
+
+    @property
+    def tensors(self) -> "list[Tensor | None]":
+        """The tensors of `FIELDS`, then those of the rule."""
+        return [*(getattr(self, name) for name in FIELDS), *(() if self.rule is None else self.rule.tensors)]
 
     @property
     def device(self) -> torch.device:
@@ -324,9 +341,12 @@ class BlockMask:
     def by_key(self) -> KeyMajor:
         """The lists seen from the keys, for the backward pass."""
         whole = make_lists(_to_blocks(self.counts, self.indices, self.grid[1]).transpose(-1, -2))
-        if self.partial_counts is None or self.partial_indices is None:
-            return KeyMajor(*whole, None, None)
-        return KeyMajor(*whole, *make_lists(self.partial_blocks().transpose(-1, -2)))
+        partial: tuple[Tensor | None, Tensor | None] = (None, None)
+        lengths = whole[0]
+        if self.partial_counts is not None:
+            partial = make_lists(self.partial_blocks().transpose(-1, -2))
+            lengths = lengths + partial[0]
+        return KeyMajor(*whole, *partial, lengths.argsort(dim=-1, descending=True, stable=True).int())
 
     def to_blocks(self) -> Tensor:
         """bool (Bm, Hm, Nq, Nk): blocks in either list. Without partial blocks the inverse of `from_blocks`."""
@@ -390,12 +410,12 @@ class BlockMask:
         ):
             if offsets is not None:
                 _check_offsets(name, offsets, length, size)
-        self.with_key_valid(self.key_valid)
+        if self.key_valid is not None:
+            self.with_key_valid(self.key_valid)
         return self
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        names = ("counts", "indices", "key_valid", "partial_counts", "partial_indices", "query_offsets", "key_offsets")
-        found = [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+        found = [(name, getattr(self, name)) for name in FIELDS if getattr(self, name) is not None]
         rule = () if self.rule is None else self.rule.tensors
         return found + [(f"rule.{i}", tensor) for i, tensor in enumerate(rule)]
 

@@ -1,108 +1,158 @@
-"""Block-sparse attention on the CPU: gather each query block's keys, run PyTorch's flash kernel on them.
+"""Block-sparse attention on the CPU.
 
-Query blocks that see the same number of keys form one batch of the flash kernel, so a call costs a few large steps
-however many query blocks there are. Batches are cut so that the gathered keys stay in cache. Since lists ascend and
-valid keys are a prefix, a tail block or padding is always the end of a gathered run: it is trimmed, never masked.
+Masks of whole, equally large blocks run on torch's flash kernel (see `cpu_flash`). All else is the online softmax over
+gathered key blocks, a few large steps at a time (see `cpu_plan`), in float32, or in float64 for float64 inputs.
 """
 
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, count_blocks
+from . import cpu_flash
+from .cpu_backward import backward
+from .cpu_tiles import Tiles, multiply, rows_of
+from .oracle import put_back, take
+from .quantize import FP8, FP8_LARGEST, LARGEST, quantize_inputs, scale_of_token
 from .request import Request
 
-GATHER_BYTES = 1 << 21  # keys and values gathered at a time, per thread: they should stay in cache
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Query blocks that see equally many keys. Ids count over batch * heads * blocks."""
-
-    rows: Tensor  # int64 (R,) query block ids
-    columns: Tensor  # int64 (R * listed key blocks,) the key block ids of each row, one row after the other
-    keys: int  # keys seen by each, 0 allowed
-
-
-# Masks are used by every layer and step, so what they boil down to is kept as long as they live.
-_batches: WeakKeyDictionary[BlockMask, dict[tuple[int, int, int], list[Batch]]] = WeakKeyDictionary()
+__all__ = ["attend", "backward", "forward"]
 
 
 def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq)."""
-    out, lse = attention(request.query, request.key, request.value, request.mask, request.scale)
-    return out, lse, torch.zeros(*out.shape[:2], request.mask.grid[0], dtype=torch.int32)
+    if not request.features:
+        out, lse = cpu_flash.attention(request.query, request.key, request.value, request.mask, request.scale)
+        return out, lse, torch.zeros(*out.shape[:2], request.mask.grid[0], dtype=torch.int32)
+    if request.quantization is not None:
+        return _quantized(request)
+    tiles = Tiles(
+        request.query,
+        request.key,
+        request.value,
+        request.mask,
+        request.scale,
+        key_bias=request.key_bias,
+        token_order=request.token_order,
+        one_by_one=request.skip_threshold is not None,
+    )
+    out, lse, skipped = attend(tiles, request.skip_threshold)
+    return out.to(request.query.dtype), lse.float(), skipped
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns out (B, H, Sq, D) in the dtype of query and lse float32 (B, H, Sq). Memory grows with the tokens."""
-    batch, heads, query_length, head_dim = query.shape
-    query_block, key_block = mask.block_size
-    batches = _batches_of(mask, batch, heads, head_dim * key.element_size())
-    query_rows, key_rows, value_rows = _blocks(query, query_block), _blocks(key, key_block), _blocks(value, key_block)
-    out = torch.empty_like(query_rows)
-    lse = query_rows.new_empty(out.shape[0], query_block, dtype=torch.float32)
-    # Fresh memory for every batch would cost as much in page faults as the copying itself.
-    most = max(len(part.columns) for part in batches)
-    key_buffer, value_buffer = (rows.new_empty(most, rows.shape[1]) for rows in (key_rows, value_rows))
-    for part in batches:
-        if part.keys == 0:
-            out.index_fill_(0, part.rows, 0.0)
-            lse.index_fill_(0, part.rows, -torch.inf)
-            continue
-        shape = (len(part.rows), 1, -1, head_dim)
-        keys, values = key_buffer[: len(part.columns)], value_buffer[: len(part.columns)]
-        torch.index_select(key_rows, 0, part.columns, out=keys)
-        torch.index_select(value_rows, 0, part.columns, out=values)
-        part_out, part_lse = flash(
-            query_rows.index_select(0, part.rows).view(shape),
-            keys.view(shape)[:, :, : part.keys],
-            values.view(shape)[:, :, : part.keys],
-            scale=scale,
-        )
-        out.index_copy_(0, part.rows, part_out.reshape(len(part.rows), -1))
-        lse.index_copy_(0, part.rows, part_lse.view(len(part.rows), -1).float())
-    out = out.view(batch, heads, -1, head_dim)[:, :, :query_length]
-    return out, lse.view(batch, heads, -1)[:, :, :query_length]
+def _quantized(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantize_oracle` defines it, in float32: the integers times their scales take the place of the inputs."""
+    mask, order, quantization = request.mask, request.token_order, request.quantization
+    assert quantization is not None
+    query, key, value = request.query, request.key, request.value
+    if order is not None:
+        query, key, value = (take(tensor, order) for tensor in (query, key, value))
+    inputs = quantize_inputs(query, key, value, mask, request.scale, quantization)
+    query_group, key_group = (1, 1) if quantization.group == "token" else mask.block_size
+    q_scale = scale_of_token(inputs.q_scale, mask.query_length, query_group, mask.query_offsets) * math.log(2.0)
+    k_scale = scale_of_token(inputs.k_scale, mask.key_length, key_group, mask.key_offsets)
+    tiles = Tiles(
+        inputs.q_int8 * q_scale[..., None],
+        inputs.k_int8 * k_scale[..., None],
+        inputs.values.float(),
+        mask,
+        1.0,
+        key_bias=request.key_bias,
+        one_by_one=True,
+    )
+    out, lse, skipped = attend(tiles, request.skip_threshold, _rounding(inputs.values.dtype))
+    if inputs.value_scale is not None:
+        out = out * inputs.value_scale
+    if inputs.lse_correction is not None:
+        lse = lse + inputs.lse_correction
+    if order is not None:
+        out, lse = put_back(out, order), put_back(lse[..., None], order).squeeze(-1)
+    return out.to(request.query.dtype), lse, skipped
 
 
-def _blocks(tensor: Tensor, size: int) -> Tensor:
-    """(B, H, S, D) as (B * H * blocks, size * D), the last block of each head filled up with zeros."""
-    batch, heads, length, head_dim = tensor.shape
-    padded = count_blocks(length, size) * size
-    if padded != length:
-        filled = tensor.new_zeros(batch, heads, padded, head_dim)
-        filled[:, :, :length] = tensor
-        tensor = filled
-    return tensor.reshape(-1, size * head_dim)
+def attend(
+    tiles: Tiles, skip_threshold: Tensor | None = None, rounding: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The online softmax: out (B, H, Sq, D) and lse (B, H, Sq) in the dtype of the tiles, and skipped blocks.
+
+    rounding: of the weights (R, queries, keys) before they meet the values; their sum is taken before it.
+    """
+    rows, row_size, _ = tiles.query.shape
+    out, lse = torch.empty_like(tiles.query), tiles.query.new_full((rows, row_size, 1), -torch.inf)
+    skipped = torch.zeros(rows, dtype=torch.int32)
+    if skip_threshold is not None:
+        skipped = _never_walked(tiles, skip_threshold)
+    for batch in tiles.batches:
+        queries = rows_of(tiles.query, batch) * tiles.scale
+        largest = total = sums = queries  # until the first step
+        for step in batch.steps:
+            some = slice(step.active)
+            scores, _, values = tiles.step(batch, step, queries[some] if step.active < len(queries) else queries)
+            own = scores.amax(-1, keepdim=True)
+            if skip_threshold is not None:
+                skip = _skip(own, None if step.first else largest[some], tiles, batch.rows[some], skip_threshold)
+                skipped[batch.rows[some]] += skip
+                scores.masked_fill_(skip[:, None, None], -torch.inf)
+                own.masked_fill_(skip[:, None, None], -torch.inf)
+            now = own if step.first else torch.maximum(largest[some], own)
+            hidden = step.cut or step.partial is not None or skip_threshold is not None
+            # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
+            shift = now.masked_fill(now == -torch.inf, 0.0) if hidden else now
+            weights = scores.sub_(shift).exp_()
+            own = weights.sum(-1, keepdim=True)
+            if rounding is not None:
+                weights = rounding(weights)
+            if step.first:
+                largest, total, sums = now, own, multiply(weights, values)
+                continue
+            decay = (largest[some] - shift).exp_()
+            sums[some].mul_(decay).add_(multiply(weights, values))
+            total[some].mul_(decay).add_(own)
+            largest[some] = now
+        total.clamp_(min=1.0)  # where a key is seen, the largest score alone adds 1
+        out.index_copy_(0, batch.rows, sums.div_(total))
+        lse.index_copy_(0, batch.rows, total.log_().add_(largest))
+    if sum(len(batch.rows) for batch in tiles.batches) < rows:
+        out.masked_fill_(lse == -torch.inf, 0.0)  # query blocks without a key
+    out, lse = (tiles.rows.to_tokens(blocks, tiles.batch, tiles.heads) for blocks in (out, lse))
+    return out, lse.squeeze(-1), skipped.view(tiles.batch, tiles.heads, -1)
 
 
-def _batches_of(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> list[Batch]:
-    made = _batches.setdefault(mask, {})
-    name = (batch, heads, bytes_per_key)
-    if name not in made:
-        made[name] = _make_batches(mask, batch, heads, bytes_per_key)
-    return made[name]
+def _never_walked(tiles: Tiles, threshold: Tensor) -> Tensor:
+    """int32 (B * H * Nq,): listed blocks without a valid key, which lists end with; they count as skipped."""
+    mask, partial = tiles.mask, tiles.mask.visible_partial_counts
+    walked = mask.visible_counts if partial is None else mask.visible_counts + partial
+    left = (mask.row_counts - walked).expand(tiles.batch, tiles.heads, -1)
+    return left.masked_fill(threshold.isinf()[:, None], 0).reshape(-1)
 
 
-def _make_batches(mask: BlockMask, batch: int, heads: int, bytes_per_key: int) -> list[Batch]:
-    keys = mask.visible_keys.expand(batch, heads, -1).reshape(-1)
-    order = keys.argsort(stable=True)
-    # Row r of the expanded mask reads row list_of[r] of the stored lists, shifted to its own head's key blocks.
-    list_of = torch.arange(mask.counts.numel()).view(mask.counts.shape).expand(batch, heads, -1).reshape(-1)
-    first_column = torch.arange(batch * heads).repeat_interleave(mask.grid[0]) * mask.grid[1]
-    lists = mask.indices.reshape(-1, mask.indices.shape[-1])
+def _skip(own: Tensor, largest: Tensor | None, tiles: Tiles, rows: Tensor, threshold: Tensor) -> Tensor:
+    """bool (R,): no row of the query block rises above -threshold over its maximum so far (SpargeAttn, stage 2).
 
-    budget = GATHER_BYTES * torch.get_num_threads()
-    made = []
-    lengths, groups = keys[order].unique_consecutive(return_counts=True)
-    for seen, rows in zip(lengths.tolist(), order.split(groups.tolist()), strict=True):
-        listed = count_blocks(seen, mask.block_size[1])
-        for part in rows.split(max(budget // max(2 * seen * bytes_per_key, 1), 1)):
-            columns = lists[list_of[part], :listed] + first_column[part, None]
-            made.append(Batch(part, columns.reshape(-1), seen))
-    return made
+    own (R, queries, 1): maxima in this key block; largest: those so far, None at the first key block.
+    """
+    rise = torch.full_like(own, torch.inf) if largest is None else own - largest
+    rise.masked_fill_(own == -torch.inf, -torch.inf)
+    if tiles.rows.filled is not None:
+        rise.masked_fill_(~tiles.rows.filled.view(-1, *own.shape[1:])[rows], -torch.inf)
+    limit = threshold.to(rise.dtype)[rows // tiles.mask.grid[0] % tiles.heads]
+    return rise.amax((1, 2)) * math.log2(math.e) + limit <= 0.0
+
+
+def _rounding(values_dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What quantization does to weights, which are relative to the running maximum, for values of this dtype."""
+
+    def to_fp8(weights: Tensor) -> Tensor:
+        return (weights * FP8_LARGEST).clamp_(max=FP8_LARGEST).to(FP8).to(weights.dtype).div_(FP8_LARGEST)
+
+    def to_int8(weights: Tensor) -> Tensor:
+        # Relative to this step's own maximum: next to a larger earlier one all weights could round to 0.
+        step = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny) / LARGEST[8]
+        return (weights / step + 0.5).floor_().mul_(step)
+
+    if values_dtype in (FP8, torch.int8):
+        return to_fp8 if values_dtype == FP8 else to_int8
+    if values_dtype in (torch.float32, torch.float64):
+        return None
+    return lambda weights: weights.to(values_dtype).to(weights.dtype)

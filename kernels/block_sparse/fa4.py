@@ -77,19 +77,19 @@ def _result_problem(device: torch.device, dtype: torch.dtype, head_dim: int, blo
 
     generator = torch.Generator(device).manual_seed(0)
     queries, keys = ((CHECKED_BLOCKS - 1) * size + 17 for size in block_size)
-    tensors = [
+    query, key, value = (
         torch.randn(1, 2, tokens, head_dim, generator=generator, device=device, dtype=dtype)
         for tokens in (queries, keys, keys)
-    ]
+    )
     kept = torch.rand(1, 2, CHECKED_BLOCKS, CHECKED_BLOCKS, generator=generator, device=device) < 0.5
     kept[:, :, 0], kept[:, :, 1] = False, True
     mask = BlockMask.from_blocks(kept, queries, keys, block_size)
     scale = head_dim**-0.5
     try:
-        out, lse = _attention(*tensors, mask, scale)
+        out, lse = _attention(query, key, value, mask, scale)
     except Exception as error:  # what a pre-release raises is not known; another backend takes the call
         return f"an installation that runs: flash-attn-4 raised {type(error).__name__}: {error}"
-    expected, expected_lse, _ = triton_backend.forward(Request(*tensors, mask, scale))
+    expected, expected_lse, _ = triton_backend.forward(Request(query, key, value, mask, scale))
     close = torch.allclose(out.float(), expected.float(), atol=TOLERANCE, rtol=TOLERANCE)
     if close and torch.allclose(lse, expected_lse, atol=TOLERANCE, rtol=TOLERANCE):
         return None

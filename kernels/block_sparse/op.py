@@ -9,29 +9,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .block_mask import BlockMask
+from .block_mask import FIELDS, BlockMask, living
 from .quantize import Quantization
 from .request import Request
 from .rules import ChunkBits, Ranges
 
 RULES = (Ranges, ChunkBits)
-FIELDS = ("counts", "indices", "key_valid", "partial_counts", "partial_indices", "query_offsets", "key_offsets")
-
-_living: WeakValueDictionary[tuple[int, ...], BlockMask] = WeakValueDictionary()
 
 
 def call(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a checked request on a backend by name: out, lse and the number of skipped blocks."""
     mask, quantization = request.mask, request.quantization
-    tensors = _tensors_of(mask)
-    if not torch.compiler.is_compiling():
-        _living[_name(tensors)] = mask
     return torch.ops.attnproc.block_sparse_attention(
         request.query,
         request.key,
@@ -39,7 +32,7 @@ def call(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         request.key_bias,
         request.token_order,
         request.skip_threshold,
-        tensors,
+        mask.tensors,
         [mask.query_length, mask.key_length, *mask.block_size, RULES.index(type(mask.rule)) if mask.rule else -1],
         request.scale,
         "" if quantization is None else json.dumps(asdict(quantization)),
@@ -72,7 +65,8 @@ def _forward(
         skip_threshold,
         Quantization(**json.loads(quantization)) if quantization else None,
     )
-    return module(backends.choose(request, backend)[0]).forward(request)
+    out, lse, skipped = module(backends.choose(request, backend)[0]).forward(request)
+    return _laid_out_as(query, out), lse.contiguous(), skipped.contiguous()
 
 
 @_forward.register_fake
@@ -100,9 +94,11 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     request = Request(query, key, value, _mask_of(mask_tensors, mask_sizes), scale, key_bias, token_order)
-    return module(backends.choose(request, backend, gradient=True)[0]).backward(
+    gradients = module(backends.choose(request, backend, gradient=True)[0]).backward(
         request, out, lse, out_gradient, lse_gradient
     )
+    of_query, of_key, of_value = map(_laid_out_as, (query, key, value), gradients)
+    return of_query, of_key, of_value
 
 
 @_backward.register_fake
@@ -143,28 +139,26 @@ def _gradient(ctx, out_gradient, lse_gradient, _):
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 
+def _laid_out_as(given: Tensor, result: Tensor) -> Tensor:
+    """`result` with the strides that compiled code expects: those the fake results above have."""
+    if result.stride() == torch.empty_like(given, device="meta").stride():
+        return result
+    return torch.empty_like(given).copy_(result)
+
+
 def module(backend: str) -> Any:
     """The module of a backend; imported here, because Triton and others must not be imported before they are used."""
     names = {"triton": "triton_backend", "oracle": "oracle_backend"}
     return importlib.import_module(f".{names.get(backend, backend)}", __package__)
 
 
-def _tensors_of(mask: BlockMask) -> list[Tensor | None]:
-    rule = () if mask.rule is None else mask.rule.tensors
-    return [*(getattr(mask, name) for name in FIELDS), *rule]
-
-
-def _name(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(id(tensor) for tensor in tensors)
-
-
 def _mask_of(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> BlockMask:
     query_length, key_length, query_block, key_block, rule = sizes
-    mask = _living.get(_name(tensors))
+    mask = living.get(tuple(id(tensor) for tensor in tensors))
     # An id may belong to a new tensor by now, so the tensors themselves are compared.
     if (
         mask is not None
-        and all(a is b for a, b in zip(_tensors_of(mask), tensors, strict=True))
+        and all(a is b for a, b in zip(mask.tensors, tensors, strict=True))
         and (mask.query_length, mask.key_length, *mask.block_size) == (query_length, key_length, query_block, key_block)
     ):
         return mask

@@ -24,7 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 NO_WARM_UP = {"dense_steps": 0, "dense_layers": 0}
 ALL_KEPT: dict[str, dict[str, Any]] = {
-    "radial": {"decay_factor": 1e6, "adjacent_half_width": 1.0},
+    "radial": {"decay_factor": 1e6, "adjacent_half_width": 1.0, "band_limit": 1},
     **{name: {"density": 1.0} for name in ("sparge", "adaspa", "vmoba", "paro")},
 }
 

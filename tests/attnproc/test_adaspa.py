@@ -335,6 +335,19 @@ def test_a_refresh_chooses_by_the_new_queries_and_keys():
     assert overlap(found, exact) > overlap(old, exact) and overlap(found, exact) > 0.7
 
 
+def test_heads_are_ranked_by_their_recall_of_now():
+    """A drift common to a block would weigh its row in the recall by as much, if rows were not scaled first."""
+    processor = AdaSpaAttnProcessor(**SMALL, recall_threshold=0.0, lse_drift_max=math.inf)
+    call = call_of(9, heads=12)
+    call.query.mul_(4.0 * torch.rand(1, 12, 20, 1).repeat_interleave(16, dim=2))  # rows of unlike recall
+    processor.plan(call)
+    expected = processor.plan(at(call, 10)).mask.to_blocks()
+    known = call.state["adaspa"]
+    shift = 2.0 * torch.randn(1, 12, 20).repeat_interleave(16, dim=2)
+    call.state["adaspa"] = dataclasses.replace(known, lse=known.lse + shift)
+    assert torch.equal(processor.plan(at(call, 29)).mask.to_blocks(), expected)
+
+
 @pytest.mark.parametrize("update", [True, False])
 def test_what_the_third_search_starts_from(update):
     processor = AdaSpaAttnProcessor(**SMALL, search_steps=(10, 20, 30), update_lse=update)
@@ -671,6 +684,17 @@ def test_the_defaults_are_the_papers():
 def test_bad_settings_raise_at_construction_and_are_named(bad):
     with pytest.raises(SettingsError, match=next(iter(bad))):
         AdaSpaAttnProcessor(**bad)
+
+
+@pytest.mark.parametrize("backend", ["flex", "fa4"])
+def test_backends_of_even_blocks_are_refused_where_text_follows_a_short_block(backend):
+    processor = AdaSpaAttnProcessor(**SMALL, backend=backend)
+    with pytest.raises(SettingsError, match=f"{backend}.*315 video tokens"):
+        processor.check(TokenLayout((5, 7, 9), 20))
+    for layout in (TokenLayout((5, 7, 9)), TokenLayout(GRID, 20)):
+        processor.check(layout)
+    dataclasses.replace(processor, backend="auto").check(TokenLayout((5, 7, 9), 20))
+    dataclasses.replace(processor, min_tokens=8192).check(TokenLayout((5, 7, 9), 20))
 
 
 def test_settings_survive_json(tmp_path):
