@@ -4,6 +4,7 @@ from . import oracle, scores
 from .attention import block_sparse_attention, choose_backend
 from .backends import BACKENDS, FEATURES, available_backends
 from .block_mask import BlockMask
+from .merge import merge_attention
 from .quantize import Quantization
 from .rules import ChunkBits, Ranges
 
@@ -17,6 +18,7 @@ __all__ = [
     "available_backends",
     "block_sparse_attention",
     "choose_backend",
+    "merge_attention",
     "oracle",
     "scores",
 ]

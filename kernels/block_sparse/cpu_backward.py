@@ -15,8 +15,10 @@ def backward(
 
     out, lse: what `cpu.forward` returned. See `oracle.gradients` for the formulas.
     """
+    empty = (lse == -torch.inf)[..., None]
+    # Whatever a query holds that sees nothing, it changes nothing: 0 * NaN would.
     tiles = Tiles(
-        request.query,
+        request.query.masked_fill(empty, 0.0),
         request.key,
         request.value,
         request.mask,
@@ -24,7 +26,7 @@ def backward(
         key_bias=request.key_bias,
         token_order=request.token_order,
     )
-    empty = (lse == -torch.inf)[..., None]
+    out_gradient = out_gradient.masked_fill(empty, 0.0)
     raised = (out_gradient.to(tiles.dtype) * out.to(tiles.dtype)).sum(-1, keepdim=True) - lse_gradient[..., None]
     # Weights are exp(scores - lse): infinity makes them 0 where a query sees no key or does not exist.
     normal = tiles.rows.to_blocks(lse[..., None].masked_fill(empty, torch.inf), tiles.dtype, fill=torch.inf)

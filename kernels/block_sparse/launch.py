@@ -118,22 +118,24 @@ def fits(work: Workload, shape: LaunchShape) -> bool:
 
 def _preferred(work: Workload) -> LaunchShape:
     """Before it is known to fit in shared memory."""
+    large = work.gpu in ("sm90", "sm100")
     if work.value_element == 4:  # full precision runs without tensor cores: registers are the limit
         query_tile, key_tile, warps, stages = (64, 32, 8, 2) if work.padded_dim <= 64 else (32, 16, 8, 2)
     elif work.padded_dim > 128:
-        query_tile, key_tile, warps, stages = (128, 32, 8, 3) if work.gpu in ("sm90", "sm100") else (64, 32, 8, 2)
+        wide = large and work.value_element > 1  # 8-bit products need a second set of accumulators
+        query_tile, key_tile, warps, stages = (128, 32, 8, 3) if wide else (64, 32, 8, 2)
     elif work.padded_dim > 64:
         # Rescaling the output costs the same for any key tile, so a long one takes a quarter fewer instructions per
-        # key; on Hopper and Blackwell it fits in registers as long as nothing is masked token by token.
-        long = work.gpu in ("sm90", "sm100") and not work.masked
+        # key; on large GPUs it fits in registers as long as nothing is masked token by token.
+        long = large and not work.masked and work.query_block >= 128
         query_tile, key_tile, warps, stages = 128, 128 if long else 64, 8, 3
     else:
-        # With 8 warps two programs run at a time on Hopper: one multiplies while the other takes exponentials.
-        query_tile, key_tile, warps, stages = 128, 64, 8 if work.gpu in ("sm90", "sm100") else 4, 3
+        # With 8 warps two programs run at a time on large GPUs: one multiplies while the other takes exponentials.
+        query_tile, key_tile, warps, stages = 128, 64, 8 if large else 4, 3
     query_tile, key_tile = min(query_tile, work.query_block), min(key_tile, work.key_block)
     if work.skips:  # all rows and keys of a block decide together
         query_tile, key_tile = work.query_block, work.key_block
-    elif query_tile <= 64 and work.value_element != 4 and work.padded_dim <= 128:
+    if query_tile <= 64 and work.value_element != 4 and work.padded_dim <= 128:
         warps = 4
     if work.value_element == 1:  # tensor cores multiply no fewer 8-bit weights
         key_tile = max(key_tile, 32)

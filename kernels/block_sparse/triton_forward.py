@@ -162,6 +162,12 @@ def attend(
 
 
 @triton.jit
+def offset(sample, head, batch_stride, head_stride):
+    """64-bit, kept as two 32-bit numbers until it is needed: registers are scarce."""
+    return sample.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+
+
+@triton.jit
 def forward_kernel(
     query, key, value, out, lse, skipped,
     head_order, row_order, counts, indices, partial_counts, partial_indices, key_valid, query_offsets, key_offsets,
@@ -183,10 +189,13 @@ def forward_kernel(
     # Programs of one head stay together, so that its keys stay in the L2 cache; see `_orders` for the order.
     place = tl.program_id(0) // QUERY_TILES
     map_id = tl.load(head_order + place // rows)
-    sample = (map_id // heads).to(tl.int64)
-    head = (map_id % heads).to(tl.int64)
-    row = tl.load(row_order + sample * order_batch + head * order_head + place % rows)
+    sample, head = map_id // heads, map_id % heads
+    row = tl.load(row_order + offset(sample, head, order_batch, order_head) + place % rows)
     part = tl.program_id(0) % QUERY_TILES
+
+    skipped += map_id.to(tl.int64) * rows + row
+    if skip_threshold is None:
+        tl.store(skipped, 0)  # by each tile of the block; with skipping there is one per block
 
     if query_offsets is None:
         first = row * QUERY_BLOCK + part * QUERY_TILE
@@ -196,15 +205,15 @@ def forward_kernel(
         query_rows = tl.load(query_offsets + row + 1) - first
     valid = key_length
     if key_valid is not None:
-        valid = tl.load(key_valid + sample * valid_batch)
+        valid = tl.load(key_valid + sample.to(tl.int64) * valid_batch)
     if load_order is not None:
-        load_order += head * tokens_head
+        load_order += head.to(tl.int64) * tokens_head
     queries = load_tile(
-        query + sample * query_batch + head * query_head, query_token, 1, first, query_rows, load_order,
+        query + offset(sample, head, query_batch, query_head), query_token, 1, first, query_rows, load_order,
         QUERY_TILE, HEAD_DIM, PADDED_DIM, True,
     )  # fmt: skip
-    key += sample * key_batch + head * key_head
-    value += sample * value_batch + head * value_head
+    key += offset(sample, head, key_batch, key_head)
+    value += offset(sample, head, value_batch, value_head)
     queried = tl.arange(0, QUERY_TILE)
     factor = scale
     if QUERY_GROUP == 1:
@@ -214,13 +223,13 @@ def forward_kernel(
     if KEY_GROUP > 0:
         key_scale += map_id.to(tl.int64) * key_groups
     if key_bias is not None:
-        key_bias += sample * bias_batch + head * bias_head
+        key_bias += offset(sample, head, bias_batch, bias_head)
     threshold = None
     if skip_threshold is not None:
         threshold = tl.load(skip_threshold + head)
 
-    count = tl.load(counts + sample * counts_batch + head * counts_head + row)
-    listed = indices + sample * indices_batch + head * indices_head + row.to(tl.int64) * indices_row
+    count = tl.load(counts + offset(sample, head, counts_batch, counts_head) + row)
+    listed = indices + offset(sample, head, indices_batch, indices_head) + row.to(tl.int64) * indices_row
     if query_rows <= 0:  # a tile past the end of a short query block
         count = 0
     whole = 0
@@ -254,12 +263,12 @@ def forward_kernel(
             KEY_GROUP, PRECISION, HOPPER,
         )  # fmt: skip
     if partial_counts is not None:
-        count = tl.load(partial_counts + sample * partial_batch + head * partial_head + row)
+        count = tl.load(partial_counts + offset(sample, head, partial_batch, partial_head) + row)
         if query_rows <= 0:
             count = 0
-        listed = partial_indices + sample * partials_batch + head * partials_head + row.to(tl.int64) * partials_row
+        listed = partial_indices + offset(sample, head, partials_batch, partials_head) + row.to(tl.int64) * partials_row
         if AXES == 0:
-            rule_low += sample * bits_batch + head * bits_head
+            rule_low += offset(sample, head, bits_batch, bits_head)
         for step in tl.range(0, count * KEY_TILES, num_stages=STAGES):
             largest, total, found, skips = attend(
                 step, listed, partials_slot, largest, total, found, skips, queries, first, query_rows, factor,
@@ -286,13 +295,14 @@ def forward_kernel(
             lse_correction + map_id.to(tl.int64) * query_length + first + queried, queried < query_rows, 0.0
         )
     if store_order is not None:
-        store_order += head * tokens_head
+        store_order += head.to(tl.int64) * tokens_head
     tokens = load_tokens(store_order, first, query_rows, QUERY_TILE, True)
-    places = out + sample * out_batch + head * out_head + (tokens.to(tl.int64) * out_token)[:, None] + columns
+    places = out + offset(sample, head, out_batch, out_head) + (tokens.to(tl.int64) * out_token)[:, None] + columns
     tl.store(places, found.to(out.dtype.element_ty), mask=(queried[:, None] < query_rows) & (columns < HEAD_DIM))
     lses = lse + map_id.to(tl.int64) * query_length + tokens
     tl.store(lses, tl.where(seen, log_sum, NOTHING), mask=queried < query_rows)
-    tl.store(skipped + map_id.to(tl.int64) * rows + row, skips)  # the same from each tile: skipping has one per block
+    if skip_threshold is not None:
+        tl.store(skipped, skips)
 
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
