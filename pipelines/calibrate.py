@@ -10,13 +10,17 @@ from rich.console import Console
 import attnproc
 from attnproc.calibration import Calibration, CalibrationProcessor
 from attnproc.errors import SettingsError
-from attnproc.methods import calibration_class
+from attnproc.methods import calibration_class, method_class
 from attnproc.pipelines.generate import run_once
 from attnproc.pipelines.loading import load
 from attnproc.pipelines.settings import typed_settings
 
 if TYPE_CHECKING:
     from attnproc.pipelines.generate import Job
+
+
+# Settings of a method that say when it is used, or that a calibration takes the place of.
+ONLINE = ("dense_steps", "dense_layers", "density")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -34,9 +38,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def calibrator(
-    method: str, settings: Mapping[str, Any], density: float | None = None, max_error: float | None = None
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    model: str,
+    density: float | None = None,
+    max_error: float | None = None,
 ) -> CalibrationProcessor:
-    """The calibrating processor of a method.
+    """The calibrating processor of a method, with what the method's preset for the model says, if there is one.
 
     density: kept share of the blocks, for methods that take one. max_error: for methods that are tuned to an error,
     the largest relative L1 error of a head by leaving out blocks; skipping in the kernel may add a fifth of it.
@@ -51,7 +60,9 @@ def calibrator(
         if not set(aim) <= known:
             other = "max_error" if name == "density" else "density"
             raise SettingsError(f"{method} is not calibrated by {name}; expected {other}. Give that instead.")
-    given = {**aims["density"], **aims["max_error"], **settings}
+    preset = method_class(method).presets().get(model, {}).get("settings", {})
+    shared = {key: value for key, value in preset.items() if key in known and key not in ONLINE}
+    given = {**shared, **aims["density"], **aims["max_error"], **settings}
     return found.from_settings(typed_settings(found, given))
 
 

@@ -199,9 +199,12 @@ def calibrate(
         from attnproc.pipelines.settings import parse_assignments
 
         calibration.check_target(output)
-        processor = calibration.calibrator(attention, parse_assignments(set_ or []), density, max_error)
         texts = calibration.read_prompts(prompts)
         job = _job({**flags, "attention": "dense", "prompt": texts[0]}, None)
+        settings = parse_assignments(set_ or [])
+        processor = calibration.calibrator(
+            attention, settings, model=job.source.name, density=density, max_error=max_error
+        )
         calibration.calibrate(job, processor, texts, output, Console(stderr=True))
         Console().print(f"{output}; use it with: attnproc generate ... --attention {attention} --plan {output}")
 

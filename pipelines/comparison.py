@@ -24,7 +24,7 @@ from attnproc.kernels import block_sparse_attention, scores
 from attnproc.layout import TokenLayout
 from attnproc.methods import CALIBRATIONS, METHODS, calibration_class, method_class
 from attnproc.pipelines import pictures
-from attnproc.pipelines.calibrate import calibrate, read_prompts
+from attnproc.pipelines.calibrate import ONLINE, calibrate, calibrator, read_prompts
 from attnproc.pipelines.generate import Video, device_name, run_once, versions
 from attnproc.pipelines.inspection import InspectingProcessor, densities, mean_of
 from attnproc.pipelines.loading import load
@@ -216,9 +216,10 @@ def _processor(
     preset = cls.presets().get(job.source.name, {}).get("settings", {})
     preset = {**preset, **typed_settings(cls, overrides)}
     if (maker := _plan_maker(method)) is not None:
-        known = {f.name for f in dataclasses.fields(maker)}
-        shared = {key: value for key, value in preset.items() if key in known and not key.startswith("dense_")}
-        calibrate(job, maker.from_settings({**shared, "density": target}), calibration_prompts, plan, messages)
+        known = {f.name for f in dataclasses.fields(maker)} - set(ONLINE)
+        shared = {key: value for key, value in overrides.items() if key in known}
+        watching = calibrator(method, shared, model=job.source.name, density=target)
+        calibrate(job, watching, calibration_prompts, plan, messages)
         return cls.from_settings({**preset, "calibration": str(plan)})
     return cls.at_density(target, layout, preset)
 
