@@ -433,7 +433,7 @@ FAMILIES = ("wan", "hunyuan", "hunyuan15", "cog", "mochi", "ltx", "sd3", "flux",
 VIDEO = FAMILIES[:6]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_models():
     """All tiny models by name."""
     return TINY
@@ -640,7 +640,7 @@ def generate():
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_pipelines():
     """All tiny pipelines by name: a function that returns a pipeline and the inputs to call it with."""
     return PIPELINES

@@ -6,6 +6,7 @@ the query block sees every valid key of the key block. A block in `partial_indic
 token by token.
 """
 
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -473,6 +474,10 @@ class BlockMask:
 
 def make_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Counts int32 (Bm, Hm, N) and ascending lists int32 (Bm, Hm, N, M) of the True columns of each row."""
+    if blocks.is_cuda and importlib.util.find_spec("triton") is not None:
+        from . import triton_lists
+
+        return triton_lists.make_lists(blocks)  # does not wait for the device: its lists are as wide as a row
     counts = blocks.sum(-1, dtype=torch.int32)
     width = max(int(counts.max()), 1) if counts.numel() else 1
     columns = blocks.reshape(-1).nonzero().squeeze(-1) % blocks.shape[-1]

@@ -163,7 +163,7 @@ def attend(
 
 @triton.jit
 def offset(sample, head, batch_stride, head_stride):
-    """64-bit, kept as two 32-bit numbers until it is needed: registers are scarce."""
+    """Elements to skip; a tensor can have more than 2 ** 31."""
     return sample.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
 
 
@@ -245,6 +245,7 @@ def forward_kernel(
     total = tl.zeros((QUERY_TILE,), tl.float32)
     found = tl.zeros((QUERY_TILE, PADDED_DIM), tl.float32)
     skips = 0
+    # The pipeline reads a list entry one tile before the keys it names, so a list costs no more than a run of blocks.
     if key_offsets is None:
         for step in tl.range(0, whole * KEY_TILES, num_stages=STAGES):
             largest, total, found, skips = attend(

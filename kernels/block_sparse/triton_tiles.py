@@ -10,7 +10,6 @@ import triton.language as tl
 from .triton_quantize import to_fp8
 
 INT_MAX = tl.constexpr(2**31 - 1)
-INT_MIN = tl.constexpr(-(2**31))
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # a float32 this large counts in ones: its low bits are an integer
 MAGIC_BITS = tl.constexpr(0x4B400000)
 
@@ -60,13 +59,13 @@ def seen_by_ranges(
     rows, columns = tl.arange(0, QUERY_TILE), tl.arange(0, KEY_TILE)
     seen = tl.full((QUERY_TILE, KEY_TILE), 1, tl.int1)
     for axis in tl.static_range(AXES):
-        place = tl.load(coordinates + (first_key + columns) * AXES + axis, mask=columns < key_rows, other=0)
-        least = tl.load(low + (first_query + rows) * AXES + axis, mask=rows < query_rows, other=0)
-        end = tl.load(high + (first_query + rows) * AXES + axis, mask=rows < query_rows, other=0)
-        # Negative coordinates lie in every range, missing keys in none. Said once per key, it costs nothing per pair.
-        least_place = tl.where(columns < key_rows, tl.where(place < 0, INT_MAX, place), INT_MIN)
-        seen &= least[:, None] <= least_place[None, :]
-        seen &= tl.where(place < 0, INT_MIN, place)[None, :] < end[:, None]
+        # Negative coordinates lie in every range: without a sign they are above all bounds, with it below all. So the
+        # two comparisons are all there is per pair. Missing keys are above all bounds.
+        place = tl.load(coordinates + (first_key + columns) * AXES + axis, mask=columns < key_rows, other=INT_MAX)
+        least = tl.maximum(tl.load(low + (first_query + rows) * AXES + axis, mask=rows < query_rows, other=0), 0)
+        end = tl.maximum(tl.load(high + (first_query + rows) * AXES + axis, mask=rows < query_rows, other=0), 0)
+        seen &= least.to(tl.uint32)[:, None] <= place.to(tl.uint32)[None, :]
+        seen &= place[None, :] < end[:, None]
     return seen
 
 

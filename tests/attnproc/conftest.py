@@ -54,6 +54,10 @@ class Methods:
         """A processor for one attention call, calibrated on it."""
         return self.make(method, lambda density: self._call_plan(call, density, settings.get("block_size")), **settings)
 
+    def all_kept(self, method: str) -> dict[str, Any]:
+        """Settings with which a method drops nothing."""
+        return ALL_KEPT[method]
+
     def plan_of(self, model: Any, inputs: dict[str, Any], density: float) -> str:
         """Path of a calibration of a model."""
 
@@ -98,9 +102,3 @@ def methods(tmp_path_factory, tiny_models):
 def method(request):
     """The name of each sparse method."""
     return request.param
-
-
-@pytest.fixture
-def all_kept():
-    """Settings of each method with which it drops nothing."""
-    return ALL_KEPT

@@ -9,7 +9,7 @@ Claims in which methods have no part, or which a test elsewhere makes for all of
 | recall on request | pipelines/test_inspect: test_recall_and_density_are_those_of_the_plan |
 | calibrations of another version | test_calibration: test_a_header_must_be_one_of_ours |
 | every difference of a calibration | test_calibration: test_each_difference_is_named_alone |
-| rows that see nothing are 0 | kernels/test_attention: test_equals_the_float64_definition["empty rows", "ragged keys"] |
+| rows that see nothing are 0 | kernels/test_attention: test_equals_the_float64_definition ("empty rows") |
 | a self-test on one's own device | pipelines/test_cli: test_selftest_passes_here_and_fails_a_wrong_backend |
 | Wan 2.2 | test_methods_on_families: test_two_experts_run_sparse |
 | image-to-video, Animate, VACE | test_methods_on_families: test_image_to_video_and_other_variants_run_sparse |
@@ -146,12 +146,12 @@ def test_blocks_of_128_need_no_multiple_of_128(method, methods):
 
 @pytest.mark.parametrize("grid", [(3, 5, 7), (2, 3, 11), (7, 1, 13)], ids=str)
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "mochi"])
-def test_odd_heights_and_widths_are_exact_in_models(method, name, grid, methods, tiny_models, all_kept, run):
+def test_odd_heights_and_widths_are_exact_in_models(method, name, grid, methods, tiny_models, run):
     tiny = tiny_models[name]
     model, inputs = tiny.model(), tiny.inputs(1)
     inputs["hidden_states"] = torch.randn(1, 4, grid[0], 2 * grid[1], 2 * grid[2])
     expected = run(model, inputs)
-    settings = all_kept[method]
+    settings = methods.all_kept(method)
     if method == "paro":
         settings = {**settings, "calibration": methods.plan_of(model, inputs, 1.0)}
     attnproc.install(model, methods.on(method, name, **settings))
@@ -406,6 +406,30 @@ def test_what_has_no_backward_pass_is_told_not_wrong(method, methods, tiny_model
         model(**inputs)
 
 
+def gradients_of(model, inputs):
+    model.zero_grad()
+    model(**inputs, return_dict=False)[0].square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_those_of_the_attention_that_ran(method, methods, tiny_models, run):
+    """Every parameter has one; with nothing dropped they are those of dense attention."""
+    tiny = tiny_models["hunyuan"]
+    model, inputs = tiny.model(), tiny.inputs(2)
+    expected = gradients_of(model, inputs)
+    for settings in (methods.all_kept(method), {}):
+        attnproc.install(model, methods.on(method, "hunyuan", **settings))
+        run(model, {**inputs, "timestep": torch.full_like(inputs["timestep"], 900)})  # AdaSpa searches here
+        found = gradients_of(model, inputs)
+        assert found.keys() == expected.keys() and not attnproc.report(model).fallbacks
+        if settings:
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
+    assert all(site.sparse_calls > 0 for site in attnproc.report(model).sites)
+    assert all(x.isfinite().all() for x in found.values())
+    assert any((found[name] - expected[name]).abs().max() > 1e-6 for name in expected)
+
+
 # -- 10: black, noisy or NaN frames ------------------------------------------------------------------------------------
 
 
@@ -631,6 +655,20 @@ def test_sequential_offloading_changes_nothing(method, methods, tiny_models, run
     cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
     assert torch.equal(outputs(), expected)
     assert all(site.sparse_calls > 0 for site in attnproc.report(model).sites)
+
+
+def test_a_cache_that_skips_layers_and_a_method_go_together(method, methods, wan, generate):
+    """Layers that are skipped miss steps, searches among them."""
+    pipe, inputs = wan
+    pipe.attn_processor = methods.on(method, "wan")
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
+    first = generate(pipe, inputs, steps=5)
+    report = attnproc.report(pipe)
+    first_layer, second_layer = report.sites
+    calls = [site.sparse_calls + site.dense_calls for site in report.sites]
+    assert calls[1] < calls[0] == 10 and first_layer.sparse_calls > 0 and second_layer.method == method
+    assert first.isfinite().all() and not report.fallbacks
+    assert torch.equal(generate(pipe, inputs, steps=5), first)
 
 
 # -- 16: a stable way to add one's own method --------------------------------------------------------------------------

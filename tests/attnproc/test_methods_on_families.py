@@ -15,6 +15,10 @@ WITH_TEXT = ("hunyuan", "hunyuan15", "cog", "mochi")
 PIPELINES = (*VIDEO, "hunyuan-true-cfg")
 TIMES = (900, 500, 100)
 OTHER = {"radial": "sparge", "sparge": "adaspa", "adaspa": "vmoba", "vmoba": "paro", "paro": "radial"}
+DENSER = {
+    "radial": {"adjacent_half_width": 0.5},
+    **{method: {"density": 0.6} for method in ("sparge", "adaspa", "vmoba", "paro")},
+}
 
 
 @pytest.fixture(params=VIDEO)
@@ -99,24 +103,26 @@ def test_runs_sparse_and_both_guidance_styles_agree(method, name, methods, model
     assert torch.equal(alone, torch.stack(apart)[:, 1:]), "a branch does not know whether there is another"
 
 
-def test_two_models_interleaved_give_what_each_gives_alone(method, name, methods, model, inputs):
-    second = copy.deepcopy(model)
+def test_models_interleaved_give_what_each_gives_alone(method, name, methods, model, inputs):
+    """Another model under another method, and a third under the same method with other settings."""
+    models = [model, copy.deepcopy(model), copy.deepcopy(model)]
     with torch.no_grad():
-        for parameter in second.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    attnproc.install(model, methods.on(method, name))
-    attnproc.install(second, methods.on(OTHER[method], name))
-    models = (model, second)
+        for each in models[1:]:
+            for parameter in each.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    attnproc.install(models[0], methods.on(method, name))
+    attnproc.install(models[1], methods.on(OTHER[method], name))
+    attnproc.install(models[2], methods.on(method, name, **DENSER[method]))
     alone = [walk(each, inputs, name) for each in models]
-    assert not torch.equal(*alone)
+    assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[0], alone[2])
     turns = [[step(each, inputs, time) for each in models] for time in times(name)]
-    for n in range(2):
+    for n in range(3):
         assert torch.equal(torch.stack([turn[n] for turn in turns]), alone[n])
 
 
-def test_keeping_everything_is_dense(method, name, methods, model, inputs, all_kept):
+def test_keeping_everything_is_dense(method, name, methods, model, inputs):
     expected = walk(model, inputs, name)
-    attnproc.install(model, methods.on(method, name, **all_kept[method]))
+    attnproc.install(model, methods.on(method, name, **methods.all_kept(method)))
     torch.testing.assert_close(walk(model, inputs, name), expected, atol=1e-5, rtol=1e-5)
     assert not attnproc.report(model).fallbacks
 
@@ -197,6 +203,25 @@ def test_a_pipeline_that_runs_inside_a_step_of_another_changes_nothing(method, m
 
     assert torch.equal(generate(outer, outer_inputs, callback_on_step_end=run_inner), alone[0])
     assert len(nested) == 3 and all(torch.equal(out, alone[1]) for out in nested)
+
+
+@pytest.mark.parametrize("method", ["radial", "sparge", "adaspa", "vmoba"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan-true-cfg", "ltx"])
+def test_size_and_steps_may_change_between_runs(method, name, methods, pipelines, generate):
+    pipe, inputs = pipelines[name]
+    wider = {**inputs, "width": inputs["width"] + 32}
+    turned = {**inputs, "height": inputs["width"], "width": inputs["height"]}  # as many tokens
+    alone = {}
+    for key, (call, steps) in {"wider": (wider, 3), "turned": (turned, 3), "more steps": (inputs, 5)}.items():
+        pipe.attn_processor = methods.on(method, name)
+        alone[key] = generate(pipe, call, steps=steps)
+    pipe.attn_processor = methods.on(method, name)
+    first = generate(pipe, inputs)
+    assert torch.equal(generate(pipe, wider), alone["wider"])
+    assert torch.equal(generate(pipe, turned), alone["turned"])
+    assert torch.equal(generate(pipe, inputs, steps=5), alone["more steps"])
+    assert torch.equal(generate(pipe, inputs), first)
+    assert_sparse(pipe, method)
 
 
 def test_two_experts_run_sparse(method, methods, tiny_pipelines, generate):

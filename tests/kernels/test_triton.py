@@ -30,7 +30,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPE_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32]
 OPTION_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
 # A row without a maximum is -inf - -inf in places whose result is not used; NumPy, in the interpreter, warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice encountered")
 
 
 @pytest.mark.parametrize("dtype", SHAPE_DTYPES, ids=str)
@@ -191,6 +191,18 @@ def test_nan_in_a_seen_key_is_never_a_number_in_the_result(seed):
     out, lse = block_sparse_attention(*tensors, mask, backend="triton", return_lse=True)
     seen = mask.token_mask().any(-1).expand(lse.shape)
     assert out[seen].isnan().all() and lse[seen].isnan().all() and not out[~seen].any()
+
+
+def test_windows_equal_the_float64_definition(seed, close):
+    """Where each token sees itself, values need no protection from what hidden keys hold; the kernel leaves it out."""
+    position = torch.arange(70, dtype=torch.int32)[:, None]
+    rule = Ranges(position, position - 9, position + 20)
+    near = torch.ones(5, 5, dtype=torch.bool).tril(2).triu(-1)
+    mask = BlockMask.from_blocks(torch.zeros_like(near), 70, 70, (16, 16), partial=near, rule=rule).to(DEVICE)
+    assert forward._every_key_is_seen(mask) and not forward._every_key_is_seen(random_call("ranges 3")[1])
+    tensors = [torch.randn(1, 2, 70, 24, device=DEVICE) for _ in range(3)]
+    out, lse = block_sparse_attention(*tensors, mask, backend="triton", return_lse=True)
+    close(out, lse, *oracle.attention(*tensors, mask))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
