@@ -151,6 +151,8 @@ class SiteProcessor:
         mask = processor.mask(layout) if self.layer == 0 else None
         if mask is None or processor.predicted_density(layout) == 1.0:
             return
+        if self._ranks() > 1:  # as it will be when the ranks have exchanged tokens for heads
+            query = query[:, : query.shape[1] // self._ranks(), :1].expand(-1, -1, layout.tokens, -1)
         try:
             choose_backend(query, query, query, mask, processor.backend, quantization=processor.quantization)
         except ValueError as error:

@@ -14,7 +14,7 @@ blocks that turn out too weak to matter. Text is never dropped.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -113,6 +113,16 @@ class SpargeAttnProcessor(AttnProcessor):
         check_block_settings(self.attention_sink, self.token_order)
         if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
             raise SettingsError(f"min_tokens={self.min_tokens!r} must be an int of at least 0; 0 is no minimum.")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """Makes a processor with published settings; what says otherwise which blocks to keep takes their place."""
+        replaced: list[str] = []
+        if overrides.get("calibration") is not None:
+            replaced = list(THRESHOLDS)
+        elif overrides.get("cdf_threshold") is not None or overrides.get("density") is not None:
+            replaced = ["density", "cdf_threshold"]
+        return super().from_preset(name, **{**dict.fromkeys(replaced), **overrides})
 
     def check(self, layout: TokenLayout) -> None:
         if self.calibration is not None and layout.tokens >= self.min_tokens:

@@ -348,6 +348,19 @@ def test_a_calibration_of_another_model_is_refused_in_the_first_step(
     assert not steps
 
 
+def test_a_calibration_or_another_rule_takes_the_place_of_that_of_a_preset(tuned):
+    """As on the command line, where the model that ships with the package has a preset of its own."""
+    sparge, path = method_class("sparge"), tuned("sparge").calibration
+    made = sparge.from_preset("shapes-video", calibration=path)
+    assert (made.calibration, made.density, made.block_size) == (path, None, 16)
+    by_share = sparge.from_preset("shapes-video", cdf_threshold=0.9)
+    assert (by_share.cdf_threshold, by_share.density, by_share.min_tokens) == (0.9, None, 0)
+    assert sparge.from_preset("paper", density=0.3).density == 0.3
+    assert sparge.from_preset("shapes-video", block_size=32).density == 0.5
+    with pytest.raises(SettingsError, match="came together"):
+        sparge.from_preset("shapes-video", calibration=path, density=0.3)
+
+
 def test_a_calibration_holds_bits_not_maps(methods, tiny_models):
     """A bit for each pair of blocks, head and layer, and a header."""
     file = Path(methods.on("paro", "wan").calibration)

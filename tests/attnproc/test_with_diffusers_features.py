@@ -367,7 +367,7 @@ def test_a_deep_copied_pipeline_runs_on_its_own(wan, generate, random_mask):
 # -- context parallelism -----------------------------------------------------------------------------------------------
 
 
-def test_ulysses_on_two_ranks_is_one_process(tiny_models, run, random_mask, tmp_path):
+def test_ulysses_on_two_ranks_is_one_process(tiny_models, run, random_mask, methods, tmp_path):
     tiny = tiny_models["wan"]
     inputs = {**tiny.inputs(1), "hidden_states": torch.randn(1, 4, 4, 8, 8)}
     expected = {}
@@ -375,6 +375,11 @@ def test_ulysses_on_two_ranks_is_one_process(tiny_models, run, random_mask, tmp_
         model = tiny.model()
         attnproc.install(model, processor)
         expected[name] = run(model, inputs)
+    for name in ("radial", "sparge", "adaspa", "vmoba"):
+        processor = methods.make(name, **({"head_adaptive": False} if name == "adaspa" else {}))
+        processor.save(tmp_path / f"{name}.json")
+        attnproc.install(model, processor)
+        expected[name] = torch.cat([run(model, {**inputs, "timestep": torch.tensor([t])}) for t in (900, 500)])
     torch.save({"config": tiny.config, "state": model.state_dict(), "inputs": inputs}, tmp_path / "model.pt")
     blocks = [random_mask(density=0.4).kept(layer, 64).to_blocks()[0, 0] for layer in range(2)]
     torch.save(blocks, tmp_path / "blocks.pt")
@@ -389,5 +394,7 @@ def test_ulysses_on_two_ranks_is_one_process(tiny_models, run, random_mask, tmp_
         out = torch.load(tmp_path / f"{order}.pt")
         for name in expected:
             torch.testing.assert_close(out[name], expected[name], atol=1e-5, rtol=1e-5)
+        assert out["fallbacks"] == {}
         assert out["sparse_calls"] == [1, 1] and out["full_tokens"] == [64, 64]
     assert not torch.equal(expected["dense"], expected["sparse"])
+    assert not any(torch.equal(expected["dense"][0], expected[name][-1]) for name in expected if name != "dense")

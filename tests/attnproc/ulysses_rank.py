@@ -50,6 +50,13 @@ def main(rank: int, folder: Path) -> None:
             if name == "sparse":
                 result["full_tokens"] = list(sparse.tokens)
                 result["sparse_calls"] = [site.sparse_calls for site in attnproc.report(model).sites]
+        result["fallbacks"] = {}
+        for settings in sorted(folder.glob("*.json")):
+            attnproc.install(model, AttnProcessor.load(settings))
+            with torch.no_grad():
+                calls = [{**saved["inputs"], "timestep": torch.tensor([time])} for time in (900, 500)]
+                result[settings.stem] = torch.cat([model(**call, return_dict=False)[0] for call in calls])
+            result["fallbacks"] |= attnproc.report(model).fallbacks
         if rank == 0:
             torch.save(result, folder / f"{order}.pt")
     dist.destroy_process_group()
