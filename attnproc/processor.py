@@ -59,11 +59,15 @@ class AttnProcessor:
             `attnproc.kernels.Quantization`. CPUs simulate it: same rounding, no gain in time.
         backend: "auto", or a backend of `attnproc.kernels.block_sparse_attention`.
         strict: raise `UnsupportedError` where the processor would otherwise run dense with a warning.
+        check_finite: raise `AttnProcError` naming layer, step and branch where a sparse call gives NaN or infinity, and
+            say whether its inputs had any. Waits for the device at every call: for finding faults.
     """
 
     name: ClassVar[str] = ""
     #: quality -> settings that the dial stands for
     dial: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: whether it runs only with the file of `attnproc calibrate`, its setting `calibration`
+    needs_calibration: ClassVar[bool] = False
 
     quality: str = "balanced"
     dense_steps: Any = None
@@ -72,6 +76,7 @@ class AttnProcessor:
     quantization: str | None = None
     backend: str = "auto"
     strict: bool = False
+    check_finite: bool = False
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
@@ -92,8 +97,9 @@ class AttnProcessor:
                 f"backend={self.backend!r} cannot do {', '.join(sorted(missing))}, which these settings of {self.name} "
                 f"need; choose one of auto, {', '.join(fit)}."
             )
-        if not isinstance(self.strict, bool):
-            raise SettingsError(f"strict={self.strict!r} must be True or False.")
+        for flag in ("strict", "check_finite"):
+            if not isinstance(getattr(self, flag), bool):
+                raise SettingsError(f"{flag}={getattr(self, flag)!r} must be True or False.")
         self.dense_steps = _dense_steps(self.dense_steps)
         self.dense_layers = _dense_layers(self.dense_layers)
         if self.block_size is not None and (not _is_int(self.block_size) or self.block_size < 1):
@@ -108,6 +114,10 @@ class AttnProcessor:
     def predicted_density(self, layout: TokenLayout) -> float:
         """Kept share of query-key pairs that `plan` will have on this layout, known without data. 1.0 = dense."""
         raise NotImplementedError
+
+    def dense_reason(self, layout: TokenLayout) -> str:
+        """Why calls of this layout would all run dense although the settings want them sparse; "" if they do not."""
+        return ""
 
     def kernel_features(self) -> frozenset[str]:
         """What plans with these settings need of a backend, in the words of `attnproc.kernels.FEATURES`."""

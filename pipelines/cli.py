@@ -240,7 +240,12 @@ def record(
 
 @app.command()
 def bench(
-    methods: Annotated[str, typer.Option(help="Sparse methods.")] = "radial,sparge,adaspa,vmoba,paro",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Sparse methods. (default: radial,sparge,adaspa,vmoba,paro; on a recording those that need no plan)"
+        ),
+    ] = None,
     density: Annotated[str, typer.Option(help="Shares of the query-key pairs to keep.")] = "0.5,0.3,0.2",
     prompts: Annotated[
         Path | None,
@@ -280,7 +285,10 @@ def bench(
         from attnproc.pipelines.settings import parse_assignments
 
         inspection.check_target(output)
-        chosen, targets = [name.strip() for name in methods.split(",")], _numbers("density", density, float)
+        targets = _numbers("density", density, float)
+        chosen = comparison.default_methods(on_recording=recorded is not None)
+        if methods is not None:
+            chosen = [name.strip() for name in methods.split(",")]
         comparison.check_request(chosen, targets)
         messages = Console(stderr=True)
         if recorded is not None:
@@ -308,6 +316,7 @@ def estimate(
     attention: Attention = None,
     preset: Preset = None,
     quality: Quality = None,
+    plan: Plan = None,
     set_: Set = None,
     frames: Frames = None,
     height: Height = None,
@@ -318,11 +327,13 @@ def estimate(
 ) -> None:
     """Says what a method can gain on a model before it is run. Reads configurations only, never weights."""
     with _exit_codes():
+        import dataclasses
+
         import attnproc
         from attnproc.pipelines.loading import EMBEDDED_DEFAULTS, embedded_location
         from attnproc.pipelines.settings import EMBEDDED, RunSettings, parse_assignments
 
-        flags = {"model": model, "attention": attention, "preset": preset, "quality": quality}
+        flags = {"model": model, "attention": attention, "preset": preset, "quality": quality, "plan": plan}
         flags["set"] = parse_assignments(set_) if set_ else None
         processor = RunSettings.from_sources(None, {**flags, "prompt": "none is needed"}).processor()
         size = {"height": height, "width": width, "num_frames": frames, "steps": steps}
@@ -332,6 +343,8 @@ def estimate(
             own = {**EMBEDDED_DEFAULTS, "steps": EMBEDDED_DEFAULTS["num_inference_steps"]}
             size = {key: own[key] if value is None else value for key, value in size.items()}
         found = attnproc.estimate(target, processor=processor, batch=batch, **size)
+        if model == EMBEDDED:
+            found = dataclasses.replace(found, model=EMBEDDED)
         if as_json:
             _print_json(found.to_dict())
         else:

@@ -22,7 +22,7 @@ from attnproc.errors import SettingsError
 from attnproc.files import write_text
 from attnproc.kernels import block_sparse_attention, scores
 from attnproc.layout import TokenLayout
-from attnproc.methods import CALIBRATIONS, METHODS, calibration_class, method_class
+from attnproc.methods import METHODS, calibration_class, method_class
 from attnproc.pipelines import pictures
 from attnproc.pipelines.calibrate import ONLINE, calibrate, calibrator, read_prompts
 from attnproc.pipelines.generate import Video, device_name, run_once, versions
@@ -74,6 +74,12 @@ class Row:
     dense_success: float | None = None
     error: float | None = None
     fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def default_methods(on_recording: bool) -> list[str]:
+    """All sparse methods; on a recording those that need no plan, which is made on a model."""
+    sparse = [name for name in METHODS if name != "dense"]
+    return [name for name in sparse if not on_recording or _plan_maker(name) is None]
 
 
 def check_request(methods: Sequence[str], targets: Sequence[float]) -> None:
@@ -225,11 +231,8 @@ def _processor(
 
 
 def _plan_maker(method: str) -> type[CalibrationProcessor] | None:
-    """What makes the plans of a method that has its density from one; None for methods that can do without."""
-    if method not in CALIBRATIONS:
-        return None
-    maker = calibration_class(method)
-    return maker if "density" in {f.name for f in dataclasses.fields(maker)} else None
+    """What makes the plans of a method that needs one; None for the others."""
+    return calibration_class(method) if method_class(method).needs_calibration else None
 
 
 def _run(
@@ -387,7 +390,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             None if row.success is None else f"{row.success:.2f} ({_number(row.dense_success, 2)})"
         ),
         "error": lambda row: _number(row.error, 4),
-        "attention s (dense)": lambda row: f"{row.seconds:.2f} ({row.dense_seconds:.2f})",
+        "attention s (dense)": lambda row: f"{row.seconds:.3g} ({row.dense_seconds:.3g})",
         "planning": lambda row: f"{row.planning_seconds / row.seconds:.0%}" if row.seconds else None,
     }
     filled = {name: [read(row) for row in rows] for name, read in columns.items()}

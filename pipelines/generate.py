@@ -97,6 +97,11 @@ def prepare(settings: RunSettings) -> Job:
         UnsupportedError: the method would run dense, and `strict` forbids that.
     """
     processor = settings.processor()
+    if processor.needs_calibration and processor.calibration is None:  # type: ignore[attr-defined]
+        raise SettingsError(
+            f"{processor.name} came without a plan; expected the file of this model and size. Make one with `attnproc "
+            f"calibrate --attention {processor.name} --prompts prompts.txt --output plan.safetensors`, and give --plan."
+        )
     outputs = _outputs(settings)
     for path in outputs:
         check_output(path)
@@ -172,6 +177,12 @@ def generate(job: Job, console: Console, messages: Console) -> list[Path]:
         if comparison is not None:
             console.print(comparison.table(job.processor.name))
         if video.report is not None:
+            sparse = sum(site.sparse_calls for site in video.report.sites)
+            calls = sparse + sum(site.dense_calls for site in video.report.sites)
+            messages.print(
+                f"attention density {video.report.density:.3f} over the run; {sparse} of {calls} calls sparse",
+                markup=False,
+            )
             for reason, count in video.report.fallbacks.items():
                 messages.print(f"dense in {count} attention calls: {reason}", markup=False)
         console.print(f"{path} ({video.seconds:.1f} s), {_record_path(path).name}", markup=False, soft_wrap=True)

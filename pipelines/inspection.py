@@ -20,7 +20,7 @@ import attnproc
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
 from attnproc.kernels import BlockMask, scores
-from attnproc.layout import AttentionCall, Grid, TokenLayout
+from attnproc.layout import AttentionCall, Denoiser, Grid, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
 from attnproc.reports import Report, SiteStats
 
@@ -73,8 +73,8 @@ class InspectingProcessor(AttnProcessor):
     stats: SiteStats = field(default_factory=SiteStats, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("quality", "dense_steps", "dense_layers", "block_size", "quantization", "backend", "strict"):
-            setattr(self, name, getattr(self.inner, name))
+        for setting in dataclasses.fields(AttnProcessor):
+            setattr(self, setting.name, getattr(self.inner, setting.name))
 
     def plan(self, call: AttentionCall) -> Plan | Dense:
         with self.stats.timed("planning", call.query.device):
@@ -100,6 +100,12 @@ class InspectingProcessor(AttnProcessor):
 
     def check(self, layout: TokenLayout) -> None:
         self.inner.check(layout)
+
+    def check_model(self, layout: TokenLayout, denoiser: Denoiser, heads: int, head_dim: int) -> None:
+        self.inner.check_model(layout, denoiser, heads, head_dim)
+
+    def dense_reason(self, layout: TokenLayout) -> str:
+        return self.inner.dense_reason(layout)
 
     def is_dense_step(self, step: Any) -> bool:
         return self.inner.is_dense_step(step)

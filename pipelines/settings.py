@@ -108,8 +108,13 @@ class RunSettings:
         if self.quality is not None:
             settings["quality"] = self.quality
         preset = self.preset
-        if preset is None and self.quality is None and self.model == EMBEDDED and EMBEDDED in cls.presets():
-            preset = EMBEDDED
+        if preset is None and self.model == EMBEDDED and EMBEDDED in cls.presets():
+            if self.quality is None:
+                preset = EMBEDDED
+            else:  # the preset's sizes without what quality stands for
+                own = cls.presets()[EMBEDDED]["settings"]
+                dial = {**cls.dial.get(self.quality, {}), **settings}
+                settings |= {key: value for key, value in own.items() if key not in dial}
         processor = cls.from_settings(settings) if preset is None else cls.from_preset(preset, **settings)
         _check_backend(processor.backend)
         return processor

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnproc import compat
-from attnproc.errors import SettingsError, UnsupportedError
+from attnproc.errors import AttnProcError, SettingsError, UnsupportedError
 from attnproc.kernels import block_sparse_attention, choose_backend
 from attnproc.layout import AttentionCall, Grid, TokenLayout
 from attnproc.processor import Dense
@@ -138,6 +138,8 @@ class SiteProcessor:
             return Dense("" if asked_for and not (dense_step and told_early) else reason)
         layout = TokenLayout(grid, text_tokens, text_valid)  # type: ignore[arg-type]
         if step.index == 0:
+            if processor.strict and (reason := processor.dense_reason(layout)):
+                return Dense(reason)
             processor.check(layout)
             if self.layer == 0:
                 processor.check_model(layout, self.context.denoiser, query.shape[1] // self._ranks(), query.shape[3])
@@ -222,10 +224,25 @@ class SiteProcessor:
                 quantization=context.processor.quantization,
                 backend=context.processor.backend,
             )
+        if context.processor.check_finite:
+            self._check_finite(out, query, key, value, site)
         if plan.after is not None:
             with site.stats.timed("planning", query.device), torch.no_grad():
                 plan.after(lse)
         return out
+
+    def _check_finite(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, site: "Site") -> None:
+        if bool(out.isfinite().all()):
+            return
+        assert self.context is not None
+        inputs = {"query": query, "key": key, "value": value}
+        bad = [name for name, tensor in inputs.items() if not bool(tensor.isfinite().all())]
+        step = self.context.step
+        raise AttnProcError(
+            f"{site.name} at step {step.index}, branch {step.branch}, gave values that are not finite; its "
+            + (f"{' and '.join(bad)} had some already. " if bad else "inputs were finite. ")
+            + "Expected finite numbers. Look for the fault before attention, or try float32 and quantization=None."
+        )
 
     def _ulysses(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, site: "Site") -> Tensor:
         """As `_sparse`; each rank plans for the whole sequence of its heads."""

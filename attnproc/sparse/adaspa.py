@@ -165,7 +165,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
     def plan(self, call: AttentionCall) -> Plan | Dense:
         """The blocks of the last search; a search where one is due; dense where there is nothing to go by."""
         layout, index, total = call.layout, call.step.index, call.step.total
-        if reason := self._too_small(layout):
+        if reason := self.dense_reason(layout):
             return Dense(reason)
         segments = self._segments(layout)
         if self._keeps(segments)[SPARSER] == segments.video_blocks:
@@ -201,7 +201,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
         """Kept share of query-key pairs of a sparse call, for even heads and text without padding."""
         segments = self._segments(layout)
         keeps = self._keeps(segments)
-        if self._too_small(layout) or keeps[SPARSER] == segments.video_blocks:
+        if self.dense_reason(layout) or keeps[SPARSER] == segments.video_blocks:
             return 1.0
         return 1.0 - (1.0 - keeps[BASE] / segments.video_blocks) * (layout.video_tokens / layout.tokens) ** 2
 
@@ -266,7 +266,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
         sparser, base, denser = (keep_count(density, segments.video_blocks) for density in densities)
         return sparser, base, denser
 
-    def _too_small(self, layout: TokenLayout) -> str:
+    def dense_reason(self, layout: TokenLayout) -> str:
         if self.min_tokens == 0:
             return ""
         if layout.tokens < self.min_tokens:

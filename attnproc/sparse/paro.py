@@ -52,6 +52,7 @@ class PAROAttnProcessor(AttnProcessor):
     """
 
     name: ClassVar[str] = "paro"
+    needs_calibration: ClassVar[bool] = True
     dial: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "high": {"dense_steps": (0.1, 1)},
         "balanced": {"dense_steps": (0, 0)},
@@ -80,13 +81,13 @@ class PAROAttnProcessor(AttnProcessor):
 
     def plan(self, call: AttentionCall) -> Plan | Dense:
         """Mask and token order of this layer at this step. Reads no tensor data, only the valid text tokens."""
-        if reason := self._too_small(call.layout):
+        if reason := self.dense_reason(call.layout):
             return Dense(reason)
         file, component = self._file(call)
         facts = file.header["components"][component]
         slot = facts["slots"][slot_of(call.step.index, call.step.total, **_policy(file))]
         shelf, valid = self._shelf(call, slot), call.layout.key_valid
-        key = (call.layer, None if valid is None else tuple(valid.tolist()))
+        key = (call.layer, call.layout.text_lengths)
         if key not in shelf:
             mask, order = self._expand(file, component, slot, call)
             planned = Plan(mask.with_key_valid(valid), token_order=order)
@@ -96,11 +97,12 @@ class PAROAttnProcessor(AttnProcessor):
         return shelf[key]
 
     def check(self, layout: TokenLayout) -> None:
-        if not self._too_small(layout):
+        # Without a file an estimate can still be made; a run is refused by `check_model`.
+        if self.calibration is not None and not self.dense_reason(layout):
             self._open().require(method=self.name, layout=layout, **self._made_with())
 
     def check_model(self, layout: TokenLayout, denoiser: Denoiser, heads: int, head_dim: int) -> None:
-        if not self._too_small(layout):
+        if not self.dense_reason(layout):
             facts = {"denoiser": denoiser, "heads": heads, "head_dim": head_dim, **self._made_with()}
             self._open().require(method=self.name, layout=layout, **facts)
 
@@ -109,7 +111,7 @@ class PAROAttnProcessor(AttnProcessor):
 
     def predicted_density(self, layout: TokenLayout) -> float:
         """The mean over layers and slots of the file's density; without a file what `density` or `quality` asks for."""
-        if self._too_small(layout):
+        if self.dense_reason(layout):
             return 1.0
         if self.calibration is None:
             return DENSITIES[self.quality] if self.density is None else self.density
@@ -119,7 +121,7 @@ class PAROAttnProcessor(AttnProcessor):
         # Slots that a calibration did not see are another one's masks.
         return float(np.mean([facts["density"][slot] for slot in facts["slots"]]))
 
-    def _too_small(self, layout: TokenLayout) -> str:
+    def dense_reason(self, layout: TokenLayout) -> str:
         if layout.video_tokens >= self.min_tokens:
             return ""
         return (
@@ -135,7 +137,7 @@ class PAROAttnProcessor(AttnProcessor):
             raise SettingsError(
                 "PAROAttnProcessor got no calibration; expected the file of this model and size. Make one with "
                 "`attnproc calibrate --attention paro --model MODEL --prompts prompts.txt --output plan.safetensors` "
-                "and give calibration='plan.safetensors'."
+                "and give calibration='plan.safetensors' (--plan on the command line)."
             )
         return Calibration.load(self.calibration)
 

@@ -60,7 +60,7 @@ class RadialAttnProcessor(AttnProcessor):
 
     name: ClassVar[str] = "radial"
     dial: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "high": {"decay_factor": 1.5, "dense_steps": (0.35, 2), "dense_layers": 2},
+        "high": {"decay_factor": 1.5, "dense_steps": (0.35, 0.04), "dense_layers": 2},
         "balanced": {"decay_factor": 1.0, "dense_steps": (0.25, 1), "dense_layers": 1},
         "fast": {"decay_factor": 0.2, "dense_steps": (0.2, 0), "dense_layers": 1},
     }
@@ -113,6 +113,10 @@ class RadialAttnProcessor(AttnProcessor):
             mask = decided.with_key_valid(valid)
             call.cache[key, "padded"] = lengths, mask
         return Plan(mask)
+
+    def dense_reason(self, layout: TokenLayout) -> str:
+        decided = self._decide(layout)
+        return decided.reason if isinstance(decided, Dense) else ""
 
     def check(self, layout: TokenLayout) -> None:
         frames, per_frame, _, size = self._geometry(layout)

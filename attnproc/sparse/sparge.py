@@ -124,6 +124,14 @@ class SpargeAttnProcessor(AttnProcessor):
             replaced = ["density", "cdf_threshold"]
         return super().from_preset(name, **{**dict.fromkeys(replaced), **overrides})
 
+    def dense_reason(self, layout: TokenLayout) -> str:
+        if layout.tokens >= self.min_tokens:
+            return ""
+        return (
+            f"{layout.tokens} tokens; SpargeAttn expects at least min_tokens={self.min_tokens}, "
+            "use a larger video or a smaller min_tokens"
+        )
+
     def check(self, layout: TokenLayout) -> None:
         if self.calibration is not None and layout.tokens >= self.min_tokens:
             self._require(Calibration.load(self.calibration), layout)
@@ -135,11 +143,8 @@ class SpargeAttnProcessor(AttnProcessor):
 
     def plan(self, call: AttentionCall) -> Plan | Dense:
         layout = call.layout
-        if layout.tokens < self.min_tokens:
-            return Dense(
-                f"{layout.tokens} tokens; SpargeAttn expects at least min_tokens={self.min_tokens}, "
-                "use a larger video or a smaller min_tokens"
-            )
+        if reason := self.dense_reason(layout):
+            return Dense(reason)
         heads = self._tuned(call) if self.calibration else self._thresholds(call)
         if isinstance(heads, Dense):
             return heads

@@ -111,7 +111,7 @@ class VMoBAAttnProcessor(AttnProcessor):
     def plan(self, call: AttentionCall) -> Plan | Dense:
         """Selects the chunks of every query of the call."""
         layout, turn = call.layout, self.turn(call.layer)
-        if reason := self._too_small(layout):
+        if reason := self.dense_reason(layout):
             return Dense(reason)
         spec = self.chunk_size(layout.grid, turn)
         if self._keeps_all(count_chunks(layout.grid, spec), turn):
@@ -142,7 +142,7 @@ class VMoBAAttnProcessor(AttnProcessor):
         Top-k is exact where chunks are equal; a threshold's density is that of the paper on Wan 2.1. What is computed
         is more, by as much as the queries of a block disagree.
         """
-        if self._too_small(layout):
+        if self.dense_reason(layout):
             return 1.0
         video, tokens = layout.video_tokens, layout.tokens
         kept = np.mean([self._density(layout.grid, turn) for turn in range(len(self.partitions))])
@@ -170,7 +170,7 @@ class VMoBAAttnProcessor(AttnProcessor):
         topk = self.chunk_budget(partition.chunks, turn)
         return {"mode": self.mode, "scope": self.scope, "topk": topk, "threshold": self.threshold}
 
-    def _too_small(self, layout: TokenLayout) -> str:
+    def dense_reason(self, layout: TokenLayout) -> str:
         if layout.video_tokens >= self.min_tokens:
             return ""
         return (

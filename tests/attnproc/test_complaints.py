@@ -180,15 +180,9 @@ def test_a_short_clip_runs_dense_by_default_and_says_so_once(method, wan, genera
     assert "tokens" in repr(report)
 
 
-@pytest.fixture
-def estimated(method, request):
-    if method == "paro":
-        request.applymarker(pytest.mark.xfail(reason="check() wants a calibration also before a run", strict=True))
-    return method_class(method)()
-
-
-def test_the_estimate_tells_the_ceiling_before_the_run(estimated):
-    estimate = attnproc.estimate("wan2.1-14b", height=720, width=1280, num_frames=81, processor=estimated)
+def test_the_estimate_tells_the_ceiling_before_the_run(method):
+    processor = method_class(method)()
+    estimate = attnproc.estimate("wan2.1-14b", height=720, width=1280, num_frames=81, processor=processor)
     assert 0.0 < estimate.density < 1.0
     assert 1.0 < estimate.ceiling <= 1.0 / (1.0 - estimate.attention_share * (1.0 - estimate.density)) + 1e-9
     assert f"{estimate.ceiling:.2f}x" in repr(estimate)

@@ -476,7 +476,8 @@ def test_without_a_calibration_it_says_how_to_make_one():
     with pytest.raises(SettingsError, match="attnproc calibrate"):
         processor.plan(call_of())
     with pytest.raises(SettingsError, match="attnproc calibrate"):
-        processor.check(TokenLayout(GRID))
+        processor.check_model(TokenLayout(GRID), Denoiser("transformer", "WanTransformer3DModel", 2), 2, 8)
+    processor.check(TokenLayout(GRID))  # an estimate needs no file
     assert processor.predicted_density(TokenLayout(GRID)) == 0.3
     assert PAROAttnProcessor(min_tokens=0, density=0.42).predicted_density(TokenLayout(GRID)) == 0.42
 

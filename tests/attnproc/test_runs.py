@@ -360,3 +360,32 @@ def test_a_backend_that_cannot_run_the_plans_is_refused_at_once(method):
     for backend in ("flex", "fa4"):
         with pytest.raises(attnproc.SettingsError, match=f"backend='{backend}' cannot do .*token_order"):
             method_class(method)(backend=backend)
+
+
+def test_values_that_are_not_finite_are_found_where_they_arise(tiny_models, run, random_mask):
+    tiny = tiny_models["wan"]
+    model, inputs = tiny.model(), tiny.inputs(1)
+    attnproc.install(model, random_mask(density=0.5, check_finite=True))
+    run(model, inputs)
+    module = attnproc.context.context_of(model).sites[1].module
+    with torch.no_grad():
+        module.to_v.weight[0, 0] = torch.nan
+    attnproc.install(model, random_mask(density=0.5))
+    run(model, inputs)  # without the setting nothing is looked at
+    attnproc.install(model, random_mask(density=0.5, check_finite=True))
+    with pytest.raises(attnproc.AttnProcError, match=r"blocks\.1\.attn1 at step 0, .* not finite; its value had some"):
+        run(model, inputs)
+
+
+@pytest.mark.parametrize("method", ["radial", "sparge", "adaspa", "vmoba", "paro"])
+def test_strict_says_at_the_first_step_that_a_video_is_too_small(method, tiny_models, run):
+    """Not when the dense warm-up is over: that may be minutes later."""
+    from attnproc.methods import method_class
+
+    tiny = tiny_models["wan"]
+    model, inputs = tiny.model(), tiny.inputs(1)
+    counts = {"search_steps": (2,)} if method == "adaspa" else {}  # a bare model does not tell the steps of a run
+    processor = method_class(method)(strict=True, dense_steps=1, dense_layers=0, **counts)
+    attnproc.install(model, processor)
+    with pytest.raises(attnproc.UnsupportedError, match="tokens"):
+        run(model, inputs)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 from attnproc.kernels import block_sparse_attention, scores
-from attnproc.pipelines import cli
+from attnproc.pipelines import cli, comparison
 from attnproc.pipelines.comparison import compare_recorded
 from attnproc.pipelines.recording import Recording
 from attnproc.sparse.radial import RadialAttnProcessor
@@ -82,6 +82,8 @@ def test_bench_on_a_recording_writes_plot_and_numbers(recorded, small_radial, tm
     path = tmp_path / "offline.png"
     result = run("bench", "--methods", "radial", "--density", "0.9,0.6", "--recorded", recorded, "--output", path)
     assert result.exit_code == 0, result.output
+    assert "paro" in comparison.default_methods(on_recording=False)
+    assert "paro" not in comparison.default_methods(on_recording=True)
     rows = json.loads(path.with_suffix(".json").read_text())["rows"]
     assert [(row["method"], row["target"]) for row in rows] == [("radial", 0.9), ("radial", 0.6)]
     assert rows[0]["density"] > rows[1]["density"] and rows[0]["error"] < rows[1]["error"]

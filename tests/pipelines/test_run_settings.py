@@ -149,3 +149,18 @@ def test_assignments():
     for text in ("a", "=1"):
         with pytest.raises(SettingsError, match="expected key=value"):
             parse_assignments([text])
+
+
+@pytest.mark.parametrize("method", ["radial", "sparge", "adaspa", "vmoba"])
+@pytest.mark.parametrize("quality", ["high", "fast"])
+def test_quality_on_the_embedded_model_keeps_the_sizes_of_its_preset(method, quality):
+    """Without them every call would be too small and run dense."""
+    from attnproc.layout import TokenLayout
+    from attnproc.methods import method_class
+
+    cls = method_class(method)
+    processor = RunSettings(prompt="a", attention=method, quality=quality).processor()
+    own, dial = cls.presets()["shapes-video"]["settings"], cls.dial[quality]
+    assert processor.block_size == own["block_size"] and processor.dense_reason(TokenLayout((5, 8, 8))) == ""
+    for key in set(dial) - {"dense_steps"}:
+        assert getattr(processor, key) == dial[key]
