@@ -35,7 +35,8 @@ def test_set_overrides_the_preset():
 def test_the_embedded_model_has_its_own_preset():
     preset = RadialAttnProcessor.from_preset("shapes-video")
     assert RunSettings(prompt="x").processor() == preset
-    assert RunSettings(prompt="x", quality="high").processor() == RadialAttnProcessor(quality="high")
+    sizes = {"block_size": 16, "band_limit": 16, "max_density": 1.0}
+    assert RunSettings(prompt="x", quality="high").processor() == RadialAttnProcessor(quality="high", **sizes)
     assert RunSettings(prompt="x", model="a/b").processor() == RadialAttnProcessor()
     assert RunSettings(prompt="x", attention="dense").processor() == DenseAttnProcessor()
 
