@@ -1,36 +1,21 @@
 """What one attention call looks like: where video and text tokens sit, and which step of the run it is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnproc.kernels.once import once
 
 Grid = tuple[int, int, int]
-
-_once: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def once(tensor: Tensor, compute: Callable[..., Any], *arguments: Any) -> Any:
-    """compute(tensor, *arguments), worked out once for all layers that get the same tensor with the same contents.
-
-    What is computed must not hold on to the tensor. The function is part of the key: give a named one.
-    """
-    if torch.compiler.is_compiling() or tensor.is_inference():  # these have no version to tell contents by
-        return compute(tensor, *arguments)
-    version, known = _once.get(tensor, (None, None))
-    if version != tensor._version:
-        version, known = tensor._version, {}
-        _once[tensor] = version, known
-    if (compute, *arguments) not in known:
-        known[compute, *arguments] = compute(tensor, *arguments)
-    return known[compute, *arguments]
 
 
 def _lengths(valid: Tensor) -> tuple[int, ...]:
     return tuple(valid.tolist())
+
+
+def _keys(valid: Tensor, video: int) -> Tensor:
+    return (valid + video).int()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +50,7 @@ class TokenLayout:
     @property
     def key_valid(self) -> Tensor | None:
         """Valid keys of each sample, int32 (batch,), or None when every key is valid."""
-        if self.text_valid is None:
-            return None
-        return (self.text_valid + self.video_tokens).int()
+        return None if self.text_valid is None else once(self.text_valid, _keys, self.video_tokens)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from attnproc import compat
 from attnproc.families.base import Family, SiteProcessor
 from attnproc.families.projections import heads_first, heads_joined, project, project_out, project_text, rotate_video
-from attnproc.layout import Grid, once
+from attnproc.kernels.once import once
+from attnproc.layout import Grid
 
 
 class HunyuanVideoSite(SiteProcessor):

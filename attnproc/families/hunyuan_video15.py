@@ -10,7 +10,7 @@ from attnproc import compat
 from attnproc.families.base import SiteProcessor
 from attnproc.families.hunyuan_video import HunyuanVideo
 from attnproc.families.projections import heads_first, heads_joined, project, project_out, project_text, rotate_video
-from attnproc.layout import once
+from attnproc.kernels.once import once
 
 
 class HunyuanVideo15Site(SiteProcessor):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import bad_argument
+from .once import once
 from .rules import TokenRule
 
 if TYPE_CHECKING:
@@ -219,10 +220,11 @@ class BlockMask:
                 "integers, one number of keys per sample",
                 "For a boolean padding mask with a valid prefix pass padding.sum(-1).",
             )
-        if key_valid.numel() and not 0 <= int(key_valid.min()) <= int(key_valid.max()) <= self.key_length:
+        least, most = once(key_valid, _extremes)
+        if not 0 <= least <= most <= self.key_length:
             raise bad_argument(
                 "key_valid",
-                f"values from {int(key_valid.min())} to {int(key_valid.max())}",
+                f"values from {least} to {most}",
                 f"values from 0 to key_length = {self.key_length}",
                 "Count only keys that exist.",
             )
@@ -526,20 +528,27 @@ def _check_lengths(query_length: int, key_length: int, block_size: tuple[int, in
         )
 
 
+def _extremes(tensor: Tensor) -> tuple[int, int]:
+    """Smallest and largest value; (0, 0) if there is none."""
+    return (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+
+
 def _check_offsets(name: str, offsets: Tensor, length: int, size: int) -> None:
-    """Also reads the values, so it waits for the device."""
-    lengths = offsets.diff() if offsets.ndim == 1 else offsets
+    problem = once(offsets, _offsets_problem, length, size)
+    if problem:
+        raise bad_argument(
+            name,
+            problem,
+            f"int32 (blocks + 1,) from 0 to {length}, blocks of 1 to {size} tokens",
+            "Give the first token of each block, and the length at the end.",
+        )
+
+
+def _offsets_problem(offsets: Tensor, length: int, size: int) -> str:
+    """What is wrong with bounds of blocks, or ""; waits for the device."""
     if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
-        came = f"{offsets.dtype} of shape {tuple(offsets.shape)}"
-    elif int(offsets[0]) != 0 or int(offsets[-1]) != length:
-        came = f"offsets from {int(offsets[0])} to {int(offsets[-1])}"
-    elif not 1 <= int(lengths.min()) <= int(lengths.max()) <= size:
-        came = f"blocks of {int(lengths.min())} to {int(lengths.max())} tokens"
-    else:
-        return
-    raise bad_argument(
-        name,
-        came,
-        f"int32 (blocks + 1,) from 0 to {length}, blocks of 1 to {size} tokens",
-        "Give the first token of each block, and the length at the end.",
-    )
+        return f"{offsets.dtype} of shape {tuple(offsets.shape)}"
+    if int(offsets[0]) != 0 or int(offsets[-1]) != length:
+        return f"offsets from {int(offsets[0])} to {int(offsets[-1])}"
+    least, most = _extremes(offsets.diff())
+    return "" if 1 <= least <= most <= size else f"blocks of {least} to {most} tokens"

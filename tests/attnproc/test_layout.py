@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import attnproc
-from attnproc.layout import TokenLayout, _once, once
+from attnproc.kernels.once import _known, once
+from attnproc.layout import TokenLayout
 
 
-def test_the_same_tensor_is_worked_out_once_and_afresh_when_changed():
+def test_the_same_tensor_is_worked_out_known_and_afresh_when_changed():
     seen = []
 
     def total(tensor, factor):
@@ -32,10 +33,10 @@ def test_the_same_tensor_is_worked_out_once_and_afresh_when_changed():
 def test_nothing_keeps_the_tensor_alive():
     tensor = torch.tensor([3, 1])
     assert TokenLayout((1, 2, 2), 4, tensor).text_lengths == (3, 1)
-    gone, before = weakref.ref(tensor), len(_once)
+    gone, before = weakref.ref(tensor), len(_known)
     del tensor
     gc.collect()
-    assert gone() is None and len(_once) == before - 1
+    assert gone() is None and len(_known) == before - 1
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "hunyuan15", "mochi"])
