@@ -122,6 +122,15 @@ class Calibration:
             ) from error
         return cls(method, header, _FileTensors(Path(path)))
 
+    @staticmethod
+    def stamp(path: str | Path) -> tuple[int, ...] | None:
+        """What changes when the file is replaced, so that nobody mixes an old header with new tensors; None if gone."""
+        try:
+            found = Path(path).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
     def component(self, denoiser: Denoiser | None = None) -> str | None:
         """The name that the file has for a denoiser, the first for None; None if it is not in there.
 

@@ -206,7 +206,8 @@ def calibrate(
             attention, settings, model=job.source.name, density=density, max_error=max_error
         )
         calibration.calibrate(job, processor, texts, output, Console(stderr=True))
-        Console().print(f"{output}; use it with: attnproc generate ... --attention {attention} --plan {output}")
+        use = f"{output}; use it with: attnproc generate ... --attention {attention} --plan {output}"
+        Console().print(use, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -291,14 +292,22 @@ def bench(
             chosen = [name.strip() for name in methods.split(",")]
         comparison.check_request(chosen, targets)
         messages = Console(stderr=True)
+        overrides = parse_assignments(set_ or [])
         if recorded is not None:
+            flags["prompts"] = prompts
+            unused = [name for name, value in flags.items() if value is not None and name != "seed"]
+            if unused:
+                raise SettingsError(
+                    f"--recorded came with --{', --'.join(unused)}, which say how to run a model; expected one or the "
+                    "other. Leave them out."
+                )
             recording = Recording.open(recorded)
-            rows, shown, about = comparison.compare_recorded(recording, chosen, targets), {}, dict(recording.index)
+            rows, shown = comparison.compare_recorded(recording, chosen, targets, overrides), {}
+            about = dict(recording.index)
             title = f"{len(recording)} recorded calls of {recording.index['model']}"
         else:
             job = _job({**flags, "attention": "dense", "prompt": "comes with each case"}, None)
             tried, learned = comparison.cases_of(job, prompts, cases)
-            overrides = parse_assignments(set_ or [])
             rows, shown = comparison.compare(job, tried, learned, chosen, targets, overrides, messages)
             about = comparison.about(job, tried, learned)
             title = f"{job.source.name}, {len(tried)} prompts, {job.arguments['num_inference_steps']} steps"
@@ -447,7 +456,7 @@ def _exit_codes() -> Iterator[None]:
             warnings.showwarning = show
             yield
     except KeyboardInterrupt:
-        console.print("interrupted; videos that were finished are whole, and nothing else was written")
+        console.print("interrupted; files that were finished are whole, and none is half-written")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise

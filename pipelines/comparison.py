@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ def cases_of(job: "Job", prompts: Path | None, count: int) -> tuple[list[Case], 
     Without a file: captions of the Shapes world with one object, which only shapes-video draws; its detector judges.
     From a file the first `count` prompts are cases, and those after them, if any, else the same, are for calibration.
     """
+    if count < 1:
+        raise SettingsError(f"cases={count} is not possible; expected at least 1. Give another number.")
     if prompts is not None:
         texts = read_prompts(prompts)
         first = [Case(text, job.settings.seed + number) for number, text in enumerate(texts[:count])]
@@ -274,7 +277,7 @@ def _run(
         ssim=float(np.mean([ssim(a, b) for a, b in pairs])),
         success=_success(cases, videos) if judged else None,
         dense_success=_success(cases, dense_videos) if judged else None,
-        fallbacks={reason: count for report in reports for reason, count in report.fallbacks.items()},
+        fallbacks=dict(sum((Counter(report.fallbacks) for report in reports), Counter())),
     )
     return row, videos
 
@@ -290,8 +293,12 @@ def _with_prompt(job: "Job", case: Case) -> "Job":
 # -- on recorded calls -------------------------------------------------------------------------------------------------
 
 
-def compare_recorded(recording: Recording, methods: Sequence[str], targets: Sequence[float]) -> list[Row]:
+def compare_recorded(
+    recording: Recording, methods: Sequence[str], targets: Sequence[float], overrides: Mapping[str, Any] | None = None
+) -> list[Row]:
     """Every method at every density on recorded calls: density, recall, error and time, without the model.
+
+    overrides: as in `compare`.
 
     A method that searches at one call and uses the result at later ones is given each call twice and judged by the
     second. Methods that need a calibration are refused: they are calibrated on a model.
@@ -307,6 +314,7 @@ def compare_recorded(recording: Recording, methods: Sequence[str], targets: Sequ
     for method in methods:
         cls = method_class(method)
         preset = cls.presets().get(recording.index["model"], {}).get("settings", {})
+        preset = {**preset, **typed_settings(cls, overrides or {})}
         for target in targets:
             rows.append(_recorded_row(recording, cls, target, preset))
     return rows
@@ -324,7 +332,8 @@ def _recorded_row(recording: Recording, cls: type[AttnProcessor], target: float,
         call = recording.call(number, cache, {})
         processor = processor or cls.at_density(target, call.layout, preset)
         began = time.perf_counter()
-        exact = scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=_visible(call))
+        real = _visible(call)
+        exact = scaled_dot_product_attention(call.query, call.key, call.value, attn_mask=real)
         dense_seconds += time.perf_counter() - began
         plan = processor.plan(call)
         if not isinstance(plan, Dense) and plan.after is not None:
@@ -345,11 +354,16 @@ def _recorded_row(recording: Recording, cls: type[AttnProcessor], target: float,
             token_order=plan.token_order,
             skip_threshold=plan.skip_threshold,
             quantization=processor.quantization,
+            backend=processor.backend,
         )
         attention_seconds += time.perf_counter() - began
         kept.append(float(densities(plan.mask, *call.query.shape[:2]).mean()))
-        recalls.append(float(scores.recall(call.query, call.key, plan.mask, token_order=plan.token_order).mean()))
-        errors.append(float((out - exact).abs().sum() / exact.abs().sum()))
+        valid = call.layout.key_valid
+        recall = scores.recall(call.query, call.key, plan.mask, token_order=plan.token_order, query_valid=valid)
+        recalls.append(float(recall.mean()))
+        if real is not None:  # padding has no say
+            out, exact = (tensor.masked_fill(~real.mT, 0.0) for tensor in (out, exact))
+        errors.append(float((out.float() - exact.float()).abs().sum() / exact.float().abs().sum()))
     assert processor is not None
     return Row(
         method=processor.name,

@@ -118,7 +118,8 @@ class InspectingProcessor(AttnProcessor):
 
     def _note(self, call: AttentionCall, plan: Plan) -> None:
         batch, heads = call.query.shape[:2]
-        kept = scores.recall(call.query, call.key, plan.mask, token_order=plan.token_order)
+        valid = call.layout.key_valid
+        kept = scores.recall(call.query, call.key, plan.mask, token_order=plan.token_order, query_valid=valid)
         self.observations.append(
             Observation(
                 call.step.index,

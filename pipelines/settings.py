@@ -147,7 +147,8 @@ def _typed(key: str, text: str, hint: Any) -> Any:
     if text.lower() in ("none", "null") and types.NoneType in kinds | {None if hint is Any else hint}:
         return None
     try:
-        if hint is Any:  # a number, or several: dense_steps=0.25,1
+        several = any(typing.get_origin(kind) is tuple for kind in kinds)
+        if hint is Any or several:  # a number, or several: dense_steps=0.25,1
             numbers = [_number(part) for part in text.strip("()[] ").split(",") if part.strip()]
             return numbers[0] if len(numbers) == 1 and "," not in text else tuple(numbers)
         if bool in kinds:
@@ -157,7 +158,9 @@ def _typed(key: str, text: str, hint: Any) -> Any:
         if float in kinds:
             return float(text)
     except (ValueError, KeyError) as error:
-        expected = "a number, or several with commas" if hint is Any else " or ".join(sorted(map(_kind_name, kinds)))
+        expected = "a number, or several with commas"
+        if not (hint is Any or several):
+            expected = " or ".join(sorted(map(_kind_name, kinds)))
         raise SettingsError(f"{key}={text!r} has the wrong type; expected {expected}. Correct the value.") from error
     return text
 

@@ -73,10 +73,12 @@ class SiteProcessor:
         Returns:
             (batch, heads, tokens, head_dim).
         """
-        if self.context is not None and torch.compiler.is_compiling():
-            return torch.ops.attnproc.attend(
-                query, key, value, attention_mask, text_valid, text_tokens, text_first, self.key
-            )
+        if self.context is not None:
+            query, key, value = autocast(query, key, value)
+            if torch.compiler.is_compiling():
+                return torch.ops.attnproc.attend(
+                    query, key, value, attention_mask, text_valid, text_tokens, text_first, self.key
+                )
         return self._attend(query, key, value, attention_mask, text_valid, text_tokens, text_first)
 
     def _attend(
@@ -173,16 +175,17 @@ class SiteProcessor:
         assert self.context is not None
         site = self.context.sites[self.layer]
         out: Tensor | Dense
-        if isinstance(layout, Dense):
-            out = layout
-        elif self._ranks() > 1:
-            out = self._ulysses(query, key, value, layout, site)
-        elif text_first:
-            q, k, v = (_text_last(t, layout.text_tokens) for t in (query, key, value))
-            out = self._sparse(q, k, v, layout, site)
-            out = out if isinstance(out, Dense) else _text_first(out, layout.text_tokens)
-        else:
-            out = self._sparse(query, key, value, layout, site)
+        with torch.autocast(query.device.type, enabled=False):  # statistics and sums are float32
+            if isinstance(layout, Dense):
+                out = layout
+            elif self._ranks() > 1:
+                out = self._ulysses(query, key, value, layout, site)
+            elif text_first:
+                q, k, v = (_text_last(t, layout.text_tokens) for t in (query, key, value))
+                out = self._sparse(q, k, v, layout, site)
+                out = out if isinstance(out, Dense) else _text_first(out, layout.text_tokens)
+            else:
+                out = self._sparse(query, key, value, layout, site)
         if not isinstance(out, Dense):
             return out
         self._count_dense(site, out)
@@ -204,7 +207,8 @@ class SiteProcessor:
             context.cache,
             context.state(self.layer),
         )
-        with site.stats.timed("planning", query.device), torch.no_grad():
+        # What a method keeps must also serve a training step, which cannot save tensors made in inference mode.
+        with site.stats.timed("planning", query.device), torch.inference_mode(False), torch.no_grad():
             plan = context.processor.plan(call)
         if isinstance(plan, Dense):
             return plan
@@ -227,7 +231,7 @@ class SiteProcessor:
         if context.processor.check_finite:
             self._check_finite(out, query, key, value, site)
         if plan.after is not None:
-            with site.stats.timed("planning", query.device), torch.no_grad():
+            with site.stats.timed("planning", query.device), torch.inference_mode(False), torch.no_grad():
                 plan.after(lse)
         return out
 
@@ -348,6 +352,15 @@ def _(ctx, gradient):
 
 def _need_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as autocast hands them to the stock attention: all in its dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def _text_last(tensor: Tensor, text_tokens: int) -> Tensor:

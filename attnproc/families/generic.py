@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attnproc import compat
-from attnproc.families.base import Family, SiteProcessor
+from attnproc.families.base import Family, SiteProcessor, autocast
 from attnproc.layout import Grid
 from attnproc.processor import Dense
 
@@ -66,7 +66,7 @@ class GenericSite(SiteProcessor):
         """Answers one call of scaled_dot_product_attention."""
         assert self.context is not None
         call = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-        query, key, value = call["query"], call["key"], call["value"]
+        query, key, value = autocast(call["query"], call["key"], call["value"])
 
         def dense() -> Tensor:
             return F.scaled_dot_product_attention(*args, **kwargs)

@@ -86,15 +86,18 @@ class PAROAttnProcessor(AttnProcessor):
         file, component = self._file(call)
         facts = file.header["components"][component]
         slot = facts["slots"][slot_of(call.step.index, call.step.total, **_policy(file))]
-        shelf, valid = self._shelf(call, slot), call.layout.key_valid
-        key = (call.layer, call.layout.text_lengths)
-        if key not in shelf:
-            mask, order = self._expand(file, component, slot, call)
-            planned = Plan(mask.with_key_valid(valid), token_order=order)
-            if mask.nbytes + sum(plan.mask.nbytes for plan in shelf.values()) > CACHED_MASK_BYTES:
-                return planned
-            shelf[key] = planned
-        return shelf[key]
+        shelf, lengths = self._shelf(call, file, slot), call.layout.text_lengths
+        key = (call.layer, None if lengths is None else call.step.branch)
+        known = shelf.get(key)
+        if known is not None and known[0] == lengths:
+            return known[1]
+        # Of another padding, or of another batch: its lists take the place of the old ones.
+        shelf.pop(key, None)
+        mask, order = self._expand(file, component, slot, call)
+        planned = Plan(mask.with_key_valid(call.layout.key_valid), token_order=order)
+        if mask.nbytes + sum(plan.mask.nbytes for _, plan in shelf.values()) <= CACHED_MASK_BYTES:
+            shelf[key] = lengths, planned
+        return planned
 
     def check(self, layout: TokenLayout) -> None:
         # Without a file an estimate can still be made; a run is refused by `check_model`.
@@ -147,7 +150,8 @@ class PAROAttnProcessor(AttnProcessor):
         layout = call.layout
         made_with = self._made_with()
         key = (self.name, self.calibration, heads, head_dim, layout.grid, layout.text_tokens, *made_with.values())
-        if key not in call.cache:
+        stamp, known = Calibration.stamp(self.calibration or ""), call.cache.get(key)
+        if known is None or stamp not in (None, known[0]):
             file = self._open()
             component = file.require(
                 method=self.name,
@@ -157,14 +161,14 @@ class PAROAttnProcessor(AttnProcessor):
                 head_dim=head_dim,
                 **made_with,
             )
-            call.cache[key] = file, component
-        return call.cache[key]
+            known = call.cache[key] = stamp, file, component
+        return known[1:]
 
-    def _shelf(self, call: AttentionCall, slot: int) -> dict[Any, Plan]:
-        """Plans by layer and padding, of one slot of one file: steps move on and do not come back in a run."""
+    def _shelf(self, call: AttentionCall, file: Calibration, slot: int) -> dict[Any, tuple[Any, Plan]]:
+        """Plans and their padding, of one slot of one file: steps move on and do not come back in a run."""
         layout = call.layout
         place = (layout.grid, layout.text_tokens, str(call.query.device))
-        content = (self.calibration, slot, self.drop_empty_heads, *place)
+        content = (file, slot, self.drop_empty_heads, *place)
         known, shelf = call.cache.get((self.name, "masks"), (None, {}))
         if known != content:
             shelf = {}

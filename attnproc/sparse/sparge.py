@@ -222,8 +222,9 @@ class SpargeAttnProcessor(AttnProcessor):
             made_with,
             str(device),
         )
-        if key not in call.cache:
-            assert self.calibration is not None
+        assert self.calibration is not None
+        stamp, known = Calibration.stamp(self.calibration), call.cache.get(key)
+        if known is None or stamp not in (None, known[0]):
             calibration = Calibration.load(self.calibration)
             facts = {"denoiser": call.denoiser, "heads": call.query.shape[1], "head_dim": call.query.shape[3]}
             component = self._require(calibration, layout, **facts)
@@ -232,8 +233,8 @@ class SpargeAttnProcessor(AttnProcessor):
             )
             skips = bool(skip.isfinite().any())
             found = HeadThresholds(None, cdf.to(device), similarity.to(device), skip.to(device) if skips else None)
-            call.cache[key] = found if skips or bool((cdf < 1.0).any()) else Dense()
-        return call.cache[key]
+            known = call.cache[key] = stamp, found if skips or bool((cdf < 1.0).any()) else Dense()
+        return known[1]
 
     def _require(self, calibration: Calibration, layout: TokenLayout, **facts: Any) -> str:
         return calibration.require(method=self.name, layout=layout, **facts, **self._made_with())

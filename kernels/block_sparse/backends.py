@@ -6,6 +6,7 @@ import importlib.util
 import torch
 
 from .errors import bad_argument
+from .quantize import device_problem
 from .request import Request
 
 BACKENDS = ("triton", "fa4", "flex", "cpu", "oracle")
@@ -46,6 +47,8 @@ def choose(request: Request, backend: str = "auto", *, gradient: bool = False) -
         raise bad_argument("backend", repr(backend), f"'auto' or one of {BACKENDS}", "'auto' suits the device.")
     query = request.query
     device = query.device.type
+    if request.quantization is not None and (lacks := device_problem(request.quantization, query.device)):
+        raise bad_argument("quantization", f"{request.quantization.name!r} on {query.device}", *lacks)
     gradient |= torch.is_grad_enabled() and any(x.requires_grad for x in (query, request.key, request.value))
     if backend == "auto":
         if device not in ("cuda", "cpu"):

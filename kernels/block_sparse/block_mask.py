@@ -124,6 +124,7 @@ class BlockMask:
             self.rule.check(self.query_length, self.key_length, self.grid)
         if self.key_valid is not None:
             self._check_key_valid(self.key_valid)
+        self._check_rule_sizes()
         if not torch.compiler.is_compiling():
             living[tuple(id(tensor) for tensor in self.tensors)] = self
 
@@ -163,7 +164,8 @@ class BlockMask:
             _blocks_of(key_length, block_size[1], key_offsets),
         )
         lists: list[Tensor | None] = []
-        for name, kept in (("blocks", blocks), ("partial", None if partial is None else partial & ~blocks)):
+        whole = None
+        for name, kept in (("blocks", blocks), ("partial", partial)):
             if kept is None:
                 lists += [None, None]
                 continue
@@ -175,7 +177,8 @@ class BlockMask:
                     f"bool of shape {grid} or (mask batch, mask heads, {grid[0]}, {grid[1]})",
                     "The last two sizes are the lengths in blocks, rounded up.",
                 )
-            lists += make_lists(kept)
+            lists += make_lists(kept if whole is None else kept & ~whole)
+            whole = kept
         counts, indices, partial_counts, partial_indices = lists
         assert counts is not None and indices is not None
         mask = cls(
@@ -212,7 +215,7 @@ class BlockMask:
     def with_key_valid(self, key_valid: Tensor | None) -> "BlockMask":
         """The same blocks with other numbers of valid keys: integers (B,) or (1,), each in 0..key_length."""
         if key_valid is None:
-            return replace(self, key_valid=None)
+            return self if self.key_valid is None else replace(self, key_valid=None)
         if key_valid.is_floating_point() or key_valid.is_complex() or key_valid.dtype == torch.bool:
             raise bad_argument(
                 "key_valid",
@@ -244,7 +247,9 @@ class BlockMask:
         return to_flex(self)
 
     def to(self, device: torch.device | str) -> "BlockMask":
-        """The mask with its tensors on `device`."""
+        """The mask with its tensors on `device`; itself if they are there."""
+        if torch.empty(0, device=device).device == self.device:
+            return self
         moved: dict[str, Any] = {
             name: tensor.to(device) for name, tensor in self._named_tensors() if not name.startswith("rule.")
         }
@@ -457,8 +462,21 @@ class BlockMask:
             return found[:, 0]
         return found[0] if found.shape[0] == 1 else found.diagonal().permute(2, 0, 1)
 
+    def _check_rule_sizes(self) -> None:
+        samples, heads = self._rule_sizes()
+        padded = 1 if self.key_valid is None else self.key_valid.shape[0]
+        known = (max(self.counts.shape[0], padded), self.counts.shape[1])
+        if any(1 != n != own != 1 for n, own in zip((samples, heads), known, strict=True)):
+            allowed = [" or ".join(map(str, sorted({1, n}))) for n in known]
+            raise bad_argument(
+                "rule",
+                f"bits of {samples} samples and {heads} heads",
+                f"{allowed[0]} samples and {allowed[1]} heads, as the lists and key_valid have",
+                "A size of 1 is shared.",
+            )
+
     def _check_key_valid(self, key_valid: Tensor) -> None:
-        if key_valid.dtype != torch.int32 or key_valid.ndim != 1:
+        if key_valid.dtype != torch.int32 or key_valid.ndim != 1 or not len(key_valid):
             raise bad_argument(
                 "key_valid",
                 f"{key_valid.dtype} of shape {tuple(key_valid.shape)} on {key_valid.device}",
@@ -505,7 +523,7 @@ def _blocks_of(length: int, block: int, offsets: Tensor | None) -> int:
 
 def _bounds(length: int, block: int, offsets: Tensor | None, device: torch.device) -> Tensor:
     if offsets is not None:
-        return offsets
+        return offsets.contiguous()  # kernels have no stride for them
     starts = torch.arange(count_blocks(length, block) + 1, dtype=torch.int32, device=device) * block
     return starts.clamp(max=length)
 

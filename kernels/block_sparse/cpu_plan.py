@@ -111,7 +111,7 @@ def _groups(listed: Tensor, whole: Tensor, at_once: int, one_by_one: bool) -> li
     kinds = listed.long() * (int(whole.max()) + 1) + whole
     order = kinds.argsort(descending=True, stable=True)[: int((listed > 0).sum())]
     if one_by_one:
-        return list(order.split(at_once))
+        return list(order.split(at_once)) if len(order) else []  # split would give one empty part
     sizes = kinds[order].unique_consecutive(return_counts=True)[1]
     groups: list[Tensor] = []
     for group in order.split(sizes.tolist()):

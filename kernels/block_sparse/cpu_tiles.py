@@ -138,6 +138,7 @@ class Tiles:
         query = mask.query_bounds[row] + torch.arange(self.rows.size).view(-1, 1, 1)
         key = mask.key_bounds[column] + torch.arange(self.columns.size)
         head = rows // mask.grid[0]
+        there = query < mask.query_bounds[row + 1]  # past the end of a ragged block are the queries of the next
         shown = mask.rule.visible(
             head // self.heads,
             head % self.heads,
@@ -145,7 +146,7 @@ class Tiles:
             key.clamp_(max=mask.key_length - 1),
             column,
         )
-        return shown | ~step.partial[:, None, :, None]
+        return (shown & there) | ~step.partial[:, None, :, None]
 
     def _make_bias(self, key_bias: Tensor | None) -> Tensor | None:
         """(B * H * Nk, keys): the bias of each key block, -inf where there is no valid key. None: 0 everywhere."""

@@ -25,6 +25,9 @@ RULES = (Ranges, ChunkBits)
 def call(request: Request, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a checked request on a backend by name: out, lse and the number of skipped blocks."""
     mask, quantization = request.mask, request.quantization
+    if not torch.compiler.is_compiling():
+        # A short-lived mask of the same tensors, or a copy, may have taken or cleared its place.
+        living[tuple(id(tensor) for tensor in mask.tensors)] = mask
     return torch.ops.attnproc.block_sparse_attention(
         request.query,
         request.key,
@@ -65,7 +68,8 @@ def _forward(
         skip_threshold,
         Quantization(**json.loads(quantization)) if quantization else None,
     )
-    out, lse, skipped = module(backends.choose(request, backend)[0]).forward(request)
+    with torch.autocast(query.device.type, enabled=False):  # dtypes are those of the inputs
+        out, lse, skipped = module(backends.choose(request, backend)[0]).forward(request)
     return _laid_out_as(query, out), lse.contiguous(), skipped.contiguous()
 
 
@@ -94,9 +98,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     request = Request(query, key, value, _mask_of(mask_tensors, mask_sizes), scale, key_bias, token_order)
-    gradients = module(backends.choose(request, backend, gradient=True)[0]).backward(
-        request, out, lse, out_gradient, lse_gradient
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        gradients = module(backends.choose(request, backend, gradient=True)[0]).backward(
+            request, out, lse, out_gradient, lse_gradient
+        )
     of_query, of_key, of_value = map(_laid_out_as, (query, key, value), gradients)
     return of_query, of_key, of_value
 

@@ -38,7 +38,7 @@ def attention(
     lse = scores.masked_fill(~seen, 0.0).logsumexp(-1, keepdim=True).masked_fill(~seen, -torch.inf)
     weights = (scores - lse.masked_fill(~seen, 0.0)).exp().masked_fill(~visible, 0.0)
     # A key nobody sees must not matter, whatever it holds: 0 * inf would be NaN.
-    used = visible.any(dim=(1, 2)).reshape(-1, 1, key.shape[2], 1)
+    used = visible.any(dim=2)[..., None]
     out, lse = weights @ value.masked_fill(~used, 0.0), lse.squeeze(-1)
     if token_order is None:
         return out, lse
@@ -69,10 +69,14 @@ def gradients(
     out, lse = attention(query, key, value, mask, scale, key_bias=key_bias)
     visible = mask.token_mask()
     empty = lse[..., None] == -torch.inf
+    # Keys that nobody sees and queries that see nothing must not matter, whatever they hold: 0 * NaN would be NaN.
+    used = visible.any(dim=2)[..., None]
+    key, value = (tensor.masked_fill(~used, 0.0) for tensor in (key, value))
+    query, out_gradient, lse_gradient = (x.masked_fill(empty, 0.0) for x in (query, out_gradient, lse_gradient))
     weights = (token_scores(query, key, mask, scale, key_bias) - lse[..., None].masked_fill(empty, 0.0)).exp()
     weights = weights.masked_fill(~visible, 0.0)
     rise = out_gradient @ value.transpose(-1, -2) - (out_gradient * out).sum(-1, keepdim=True) + lse_gradient
-    scores = weights * rise
+    scores = (weights * rise).masked_fill(~visible, 0.0)
     found = (scale * scores @ key, scale * scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ out_gradient)
     if token_order is None:
         return found

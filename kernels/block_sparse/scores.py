@@ -230,12 +230,15 @@ def recall(
     scale: float | None = None,
     lse: Tensor | None = None,
     token_order: Tensor | None = None,
+    query_valid: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """float32 (B, H): the share of the true attention mass that `mask` keeps, the mean over all queries.
 
     query (B, H, Sq, D), key (B, H, Sk, D), mask, token_order: as in `block_sparse_attention`.
     lse: float32 (B, H, Sq), the exact log-sum-exp over all valid keys, computed if it is not given.
+    query_valid: integers (B,), take the mean over the first so many queries of each sample: a mask may leave padding
+        out, where nothing is lost.
     backend: as in `pool_blocks`.
 
     A query's share is exp(log-sum-exp over the keys it sees - log-sum-exp over all valid keys): 1 under a full mask,
@@ -248,7 +251,12 @@ def recall(
     _, seen = block_sparse_attention(
         query, key, key, mask, scale=scale, return_lse=True, token_order=token_order, backend=backend
     )
-    return (seen - lse.masked_fill(lse == -torch.inf, 0.0)).exp().clamp(max=1.0).mean(-1)
+    shares = (seen - lse.masked_fill(lse == -torch.inf, 0.0)).exp().clamp(max=1.0)
+    if query_valid is None:
+        return shares.mean(-1)
+    valid = query_valid.to(shares.device)[:, None]
+    real = torch.arange(shares.shape[2], device=shares.device) < valid[..., None]
+    return torch.where(real, shares, 0.0).sum(-1) / valid.clamp(min=1)
 
 
 # The CPU path: a few rows of the map at a time

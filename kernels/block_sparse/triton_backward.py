@@ -474,7 +474,8 @@ def _lists(lists: KeyMajor, batch: int, heads: int) -> tuple[list[Tensor], list[
     counts, indices, partial_counts, partial_indices, order = lists
     if partial_counts is None or partial_indices is None:
         partial_counts, partial_indices = counts, indices  # not read
-    order, counts, partial_counts = (x.expand(batch, heads, -1) for x in (order, counts, partial_counts))
+    # The kernels have no stride for these from block to block.
+    order, counts, partial_counts = (x.contiguous().expand(batch, heads, -1) for x in (order, counts, partial_counts))
     indices, partial_indices = (x.expand(batch, heads, -1, -1) for x in (indices, partial_indices))
     strides = [*order.stride()[:2], *counts.stride()[:2], *indices.stride()]
     strides += [*partial_counts.stride()[:2], *partial_indices.stride()]

@@ -66,7 +66,9 @@ def take_in(
         weights = tl.exp2(tl.fma(scores, factor, (bias - own + LOG2_INT8)[:, None]))
         share = tl.exp2(own - shift)
         total = total * decay + tl.sum(weights, 1) * share
-        found = found * decay[:, None] + to_float(tl.dot(to_int8(weights), values)) * share[:, None]
+        product = tl.dot(to_int8(weights), values)
+        product = to_float(product) if KEY_TILE <= 256 else product.to(tl.float32)  # 127 * 127 each: see `to_float`
+        found = found * decay[:, None] + product * share[:, None]
     elif values.dtype == tl.float8e4nv:
         weights = tl.exp2(tl.fma(scores, factor, (bias - shift + LOG2_FP8)[:, None]))
         total = total * decay + tl.sum(weights, 1)
@@ -353,21 +355,25 @@ def forward(request: Request, shape: LaunchShape | None = None) -> tuple[Tensor,
     operands = _operands(request)
     query, key, value = operands[:3]
     head_order, row_order = _orders(mask, batch, heads)
+    # The kernel knows strides of samples and heads; numbers of neighbouring blocks lie side by side.
     counts, indices, partial_counts, partial_indices, key_bias = (
-        None if tensor is None else tensor.expand(batch, heads, *tensor.shape[2:])
+        None if tensor is None else _rows_contiguous(tensor).expand(batch, heads, *tensor.shape[2:])
         for tensor in (
             mask.visible_counts, mask.indices, mask.visible_partial_counts, mask.partial_indices, request.key_bias,
         )
     )  # fmt: skip
     key_valid = None if mask.key_valid is None else mask.key_valid.expand(batch)
     # A tile longer than its block ends with it, as the tiles of ragged blocks do.
-    key_offsets = mask.key_bounds if shape.key_tile > mask.block_size[1] else mask.key_offsets
+    ends_with_block = mask.key_offsets is not None or shape.key_tile > mask.block_size[1]
+    key_offsets = mask.key_bounds if ends_with_block else None
+    query_offsets = None if mask.query_offsets is None else mask.query_bounds
+    threshold = None if request.skip_threshold is None else request.skip_threshold.contiguous()
     rule, bits, axes = _rule(mask, batch, heads)
     with torch.cuda.device_of(query):
         forward_kernel[(batch * heads * rows * (mask.block_size[0] // shape.query_tile),)](
             query, key, value, out, lse, skipped,
             head_order, row_order, counts, indices, partial_counts, partial_indices, key_valid,
-            mask.query_offsets, key_offsets, *rule, key_bias, load_order, store_order, request.skip_threshold,
+            query_offsets, key_offsets, *rule, key_bias, load_order, store_order, threshold,
             operands.query_scale, operands.key_scale, operands.value_scale, operands.lse_correction,
             *query.stride()[:3], *key.stride()[:3], *value.stride(), *out.stride()[:3],
             *_strides(row_order, 2), *_strides(counts, 2), *_strides(indices, 4),
@@ -388,9 +394,9 @@ def forward(request: Request, shape: LaunchShape | None = None) -> tuple[Tensor,
 
 def _operands(request: Request) -> Operands:
     query, key, value, scale = request.query, request.key, request.value, request.scale
+    if scale <= 0.0:  # the kernel takes the maximum before it multiplies by the scale
+        query, scale = query * ((scale > 0.0) - (scale < 0.0)), abs(scale) or 1.0
     if request.quantization is None:
-        if scale <= 0.0:  # the kernel takes the maximum before it multiplies by the scale
-            query, scale = query * ((scale > 0.0) - (scale < 0.0)), abs(scale) or 1.0
         return Operands(_rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), scale)
     if request.token_order is not None:  # means and scales are those of the ordered tokens
         query, key, value = (take(x, request.token_order) for x in (query, key, value))
@@ -442,7 +448,7 @@ def _orders(mask: BlockMask, batch: int, heads: int) -> tuple[Tensor, Tensor]:
     if (batch, heads) not in orders:
         lengths = _visible_row_counts(mask)
         coarse = lengths * 16 // lengths.amax(-1, keepdim=True).clamp(min=1)
-        rows = coarse.argsort(dim=-1, descending=True, stable=True).int().expand(batch, heads, -1)
+        rows = coarse.argsort(dim=-1, descending=True, stable=True).int().contiguous().expand(batch, heads, -1)
         totals = lengths.sum(-1).expand(batch, heads).flatten()
         orders[batch, heads] = totals.argsort(descending=True, stable=True).int(), rows
     return orders[batch, heads]

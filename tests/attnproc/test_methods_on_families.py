@@ -247,3 +247,45 @@ def test_image_to_video_and_other_variants_run_sparse(method, name, methods, tin
     assert_sparse(model, method)
     assert out.isfinite().all() and not torch.equal(out[-1], stock[-1])
     assert torch.equal(walk(model, inputs, name), out)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cog"])  # Hunyuan hands out queries and values of two dtypes
+def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, methods, model, inputs):
+    attnproc.install(model, methods.on(method, name))
+    exact = walk(model, inputs, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = walk(model, inputs, name)
+        assert_sparse(model, method)
+        attnproc.uninstall(model)
+        stock = walk(model, inputs, name)
+        attnproc.install(model, attnproc.DenseAttnProcessor())
+        assert torch.equal(walk(model, inputs, name), stock)
+    assert (rounded - exact).abs().max() < 0.25 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_a_model_trains_after_sampling_in_inference_mode(method, name, methods, model, inputs):
+    model.requires_grad_(True)
+    attnproc.install(model, methods.on(method, name))
+    with torch.inference_mode():
+        walk(model, inputs, name)
+    first = next(model.parameters())
+    gradients = []
+    for _ in range(2):
+        for time in times(name):
+            model.zero_grad()
+            with model.cache_context("cond"):
+                out = model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], time)}, return_dict=False)[0]
+            out.square().sum().backward()
+        gradients.append(first.grad.clone())
+        attnproc.install(model, methods.on(method, name))  # the second time nothing was sampled before
+    assert gradients[0].isfinite().all() and torch.equal(*gradients)
+
+
+def test_autocast_on_a_model_whose_attention_is_intercepted(tiny_models, methods):
+    """The interception comes before autocast would have made one dtype of two."""
+    model, inputs = tiny_models["sd3"].model(), tiny_models["sd3"].inputs(2)
+    attnproc.install(model, methods.on("sparge", "sd3"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs, return_dict=False)[0]
+    assert out.isfinite().all() and sum(site.sparse_calls for site in attnproc.report(model).sites) > 0

@@ -405,7 +405,7 @@ def test_masks_are_expanded_once_a_slot_and_freed_with_it(made, monkeypatch):
     assert processor.plan(call_of(1, cache=cache, batch=2, valid=[8, 3])) is ragged is not first
     assert ragged.mask.key_valid.tolist() == [113, 108]
     other = processor.plan(call_of(9, cache=cache))
-    assert first not in cache[processor.name, "masks"][1].values()
+    assert all(plan is not first for _, plan in cache[processor.name, "masks"][1].values())
     assert not torch.equal(other.mask.to_blocks(), first.mask.to_blocks())
     monkeypatch.setattr(paro, "CACHED_MASK_BYTES", 0)
     again = processor.plan(call_of(0, cache=cache))
@@ -588,3 +588,23 @@ def test_settings_survive_json(tmp_path):
 def test_every_preset_can_be_made(name):
     assert set(PAROAttnProcessor.presets()[name]) == {"settings", "for", "source"}
     PAROAttnProcessor.from_preset(name)
+
+
+def test_masks_of_one_padding_make_room_for_those_of_the_next(made):
+    _, path = made()
+    processor, cache = PAROAttnProcessor(calibration=path, min_tokens=0), {}
+    for valid in range(1, 9):
+        plan = processor.plan(call_of(0, cache=cache, valid=[valid]))
+        assert plan.mask.key_valid.tolist() == [105 + valid]
+    assert len(cache[processor.name, "masks"][1]) == 1
+
+
+@pytest.mark.parametrize("change", [{"density": 0.9}, {"block_size": 8}])
+def test_a_file_that_was_made_anew_is_read_anew(made, change):
+    _, path = made()
+    processor, cache = PAROAttnProcessor(calibration=path, min_tokens=0), {}
+    before = processor.plan(call_of(0, cache=cache))
+    made(**change)
+    after, fresh = (processor.plan(call_of(0, cache=c)) for c in (cache, {}))
+    assert torch.equal(after.mask.to_blocks(), fresh.mask.to_blocks())
+    assert not torch.equal(after.mask.to_blocks(), before.mask.to_blocks())

@@ -1,5 +1,6 @@
 """Tuning SpargeAttn: the search, how calls are joined, and files that SpargeAttnProcessor uses."""
 
+import dataclasses
 import json
 import math
 
@@ -278,6 +279,21 @@ def test_a_file_takes_the_place_of_the_thresholds(tuned_file, tmp_path):
     for name, value in (("density", 0.5), ("cdf_threshold", 0.9), ("similarity_threshold", 0.5), ("skip_threshold", 5)):
         with pytest.raises(SettingsError, match=f"calibration=.* and {name} came together"):
             SpargeAttnProcessor(calibration=tuned_file, **{name: value})
+
+
+def test_a_file_that_was_made_anew_is_read_anew(tuned_file, tmp_path):
+    path, cache = tmp_path / "tuned.safetensors", {}
+    Calibration.load(tuned_file).save(path)
+    processor = SpargeAttnProcessor(calibration=path, **USE)
+    call = dataclasses.replace(call_of(tokens_like(1), 1), cache=cache)
+    before = processor.plan(call)
+    file = Calibration.load(path)
+    tensors = {name: file.tensors[name] + (name == "transformer.skip_threshold") for name in file.tensors}
+    dataclasses.replace(file, tensors=tensors).save(path)
+    after = processor.plan(call)
+    assert torch.equal(after.skip_threshold, before.skip_threshold + 1)
+    path.unlink()
+    assert torch.equal(processor.plan(call).skip_threshold, after.skip_threshold), "what is known is enough for a run"
 
 
 def test_a_missing_file_is_named_at_construction(tmp_path):

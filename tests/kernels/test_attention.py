@@ -117,6 +117,16 @@ def test_key_heads_are_shared_by_groups_of_query_heads(make_case, new_shape):
     assert gradient.shape == key.shape and gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("options", ["plain", "token_order", "int8"])
+def test_autocast_changes_nothing(options, make_case, new_shape):
+    case = make_case(new_shape(queries=50, keys=50))
+    more = {"token_order": {"token_order": torch.randperm(50)[None]}, "int8": {"quantization": "int8"}}.get(options, {})
+    expected = block_sparse_attention(case.query, case.key, case.value, case.mask, **more)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block_sparse_attention(case.query, case.key, case.value, case.mask, **more)
+    assert torch.equal(out, expected)
+
+
 def test_one_mask_serves_other_batches_heads_and_dtypes(make_case, new_shape, close):
     """What the CPU path keeps about a mask must not leak from one call's shape into another's."""
     mask = make_case(new_shape(queries=50, keys=60)).mask

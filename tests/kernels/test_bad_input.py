@@ -70,9 +70,17 @@ def test_attention_refuses(change, argument):
         block_sparse_attention(**{**good(), **change})
 
 
-BLOCKS = torch.ones(3, 4, dtype=torch.bool)
+BLOCKS, SQUARE = torch.ones(3, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
 COUNTS, INDICES = torch.ones(1, 1, 3, dtype=torch.int32), torch.zeros(1, 1, 3, 1, dtype=torch.int32)
 RANGES = Ranges(torch.zeros(50, 2).int(), torch.zeros(40, 2).int(), torch.ones(40, 2).int())
+
+
+def with_bits(lists, bits, key_valid=None):
+    """A mask whose lists and whose chunk bits are for so many samples and heads."""
+    blocks, rule = torch.ones(*lists, 3, 4).bool(), ChunkBits(torch.zeros(*bits, 40, 1).int(), torch.zeros(4).int())
+    return BlockMask.from_blocks(~blocks, 40, 50, (16, 16), key_valid, partial=blocks, rule=rule)
+
+
 WRONG_MASKS = {
     "blocks dtype": (lambda: BlockMask.from_blocks(BLOCKS.int(), 40, 50, (16, 16)), "blocks"),
     "blocks grid": (lambda: BlockMask.from_blocks(BLOCKS, 40, 65, (16, 16)), "blocks"),
@@ -102,7 +110,7 @@ WRONG_MASKS = {
         "partial_counts",
     ),
     "a rule for other queries": (
-        lambda: BlockMask.from_blocks(torch.ones(4, 4).bool(), 50, 50, (16, 16), partial=BLOCKS[:1], rule=RANGES),
+        lambda: BlockMask.from_blocks(SQUARE, 50, 50, (16, 16), partial=SQUARE, rule=RANGES),
         "rule.low",
     ),
     "bits for other key blocks": (
@@ -134,6 +142,18 @@ WRONG_MASKS = {
     ),
     "ranges of four axes": (lambda: Ranges(*[torch.zeros(5, 4).int()] * 3), "key_coordinates"),
     "ranges of floats": (lambda: Ranges(*[torch.zeros(5, 2)] * 3), "rule.key_coordinates"),
+    "padding of no samples": (lambda: BlockMask.full(40, 50, (16, 16), torch.zeros(0).int()), "key_valid"),
+    "partial blocks of another grid": (
+        lambda: BlockMask.from_blocks(BLOCKS, 40, 50, (16, 16), partial=BLOCKS[:2], rule=RANGES),
+        "partial",
+    ),
+    "blocks of floats beside partial ones": (
+        lambda: BlockMask.from_blocks(BLOCKS.float(), 40, 50, (16, 16), partial=BLOCKS, rule=RANGES),
+        "blocks",
+    ),
+    "bits of other samples": (lambda: with_bits((2, 1), (3, 1)), "rule"),
+    "bits of other heads": (lambda: with_bits((1, 4), (1, 2)), "rule"),
+    "bits of other samples than padding": (lambda: with_bits((1, 1), (3, 1), torch.tensor([1, 2])), "rule"),
     "indices elsewhere": (lambda: BlockMask(COUNTS, INDICES.to("meta"), 40, 50, (16, 16)), "indices"),
 }
 
@@ -160,6 +180,8 @@ def test_devices_without_a_backend_are_named():
         choose_backend(query, query, query, mask)
     with pytest.raises(ValueError, match="CPU tensors, not meta"):
         choose_backend(query, query, query, mask, "cpu")
+    with pytest.raises(ValueError, match=r"^quantization: got 'int8' on meta"):
+        choose_backend(query, query, query, mask, "oracle", quantization="int8")
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

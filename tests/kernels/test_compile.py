@@ -1,5 +1,7 @@
 """block_sparse_attention under torch.compile: one operator in the graph, the same numbers, the same gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -87,6 +89,19 @@ def test_what_is_derived_from_a_mask_is_kept_between_calls(compiled, seed, monke
     for _ in range(2):
         call(torch.randn(2, TOKENS, 16)).sum().backward()
     assert len(seen) == 4 and all(mask is model.mask for mask in seen)
+
+
+@pytest.mark.parametrize("use", [lambda mask: mask.to("cpu"), lambda mask: replace(mask)], ids=["moved", "copied"])
+def test_a_short_lived_mask_of_the_same_tensors_takes_nothing_away(use, seed, monkeypatch):
+    seen, cpu, mask = [], module("cpu"), random_mask()
+    run = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda request: seen.append(request.mask) or run(request))
+    query = torch.randn(2, 2, TOKENS, 16)
+    for _ in range(2):
+        use(mask)
+        block_sparse_attention(query, query, query, mask, backend="cpu")
+    assert all(found is mask for found in seen) and len(seen) == 2
+    assert mask.to("cpu") is mask
 
 
 def operator_arguments(layout: str, partial: bool, backend: str):

@@ -12,6 +12,7 @@ from attnproc.kernels import (
     ChunkBits,
     Quantization,
     Ranges,
+    block_sparse_attention,
     cpu,
     cpu_flash,
     cpu_plan,
@@ -213,6 +214,18 @@ def test_keys_nobody_sees_do_not_matter(name, poison, seed):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_what_the_next_ragged_block_could_see_does_not_matter():
+    """By the rule query 1 sees key 1, but its block lists no key, so nobody does; query 0 is in a block of its own."""
+    rule = Ranges(torch.tensor([[0], [1]]).int(), torch.zeros(2, 1).int(), torch.tensor([[1], [2]]).int())
+    partial, offsets = torch.tensor([[True], [False]]), torch.tensor([0, 1, 2]).int()
+    mask = BlockMask.from_blocks(
+        torch.zeros_like(partial), 2, 2, (2, 2), partial=partial, rule=rule, query_offsets=offsets
+    )
+    value = torch.tensor([3.0, torch.nan]).view(1, 1, 2, 1)
+    out = block_sparse_attention(torch.ones(1, 1, 2, 1), value, value, mask, backend="cpu")
+    assert out.flatten().tolist() == [3.0, 0.0]
+
+
 @every_option
 @pytest.mark.parametrize("threshold", [0.3, 3.0, torch.inf])
 def test_skips_the_blocks_that_the_definition_skips(options, threshold, close, seed, poisoned_memory):
@@ -243,6 +256,19 @@ def test_blocks_below_the_threshold_are_skipped_and_counted(gap, skips, seed):
         torch.testing.assert_close(lse, torch.full_like(lse, math.log(8 * 8)))
     else:
         torch.testing.assert_close(lse, torch.full_like(lse, math.log(8 * 8 + 24)))
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["no block", "padding alone"])
+@pytest.mark.parametrize(
+    "option", [{"skip_threshold": 3.0}, {"quantization": "int8"}, {"key_bias": torch.zeros(1, 1, 4)}]
+)
+def test_where_nobody_sees_a_key_all_is_zero(option, listed, seed, poisoned_memory):
+    blocks = torch.full((4, 4), listed)
+    mask = BlockMask.from_blocks(blocks, 30, 30, (8, 8), torch.zeros(2).int() if listed else None)
+    tensors = [torch.randn(2, 3, 30, 8) for _ in range(3)]
+    out, lse, skipped = block_sparse_attention(*tensors, mask, return_lse=True, return_skipped=True, **option)
+    assert not out.any() and (lse == -torch.inf).all()
+    assert (skipped == (4 if listed and "skip_threshold" in option else 0)).all()
 
 
 QUANTIZATIONS = [

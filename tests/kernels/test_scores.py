@@ -551,6 +551,18 @@ def test_a_full_mask_recalls_everything_and_an_empty_one_nothing(backend, seed):
     assert not scores.recall(query, key, nothing, backend=backend).any()
 
 
+def test_recall_of_padded_queries_can_be_left_out(seed):
+    query, key = torch.randn(2, 2, 2, 64, 16)
+    valid = torch.tensor([64, 35], dtype=torch.int32)
+    blocks = (torch.rand(2, 2, 4, 4) < 0.6) | torch.eye(4, dtype=torch.bool)
+    blocks[1, :, 3] = False  # padding alone
+    found = scores.recall(query, key, BlockMask.from_blocks(blocks, 64, 64, (16, 16), valid), query_valid=valid)
+    for n, length in enumerate(valid.tolist()):
+        rows = -(-length // 16)
+        alone = BlockMask.from_blocks(blocks[n : n + 1, :, :rows, :rows], length, length, (16, 16))
+        close(found[n : n + 1], scores.recall(query[n : n + 1, :, :length], key[n : n + 1, :, :length], alone))
+
+
 def test_recall_is_the_kept_block_mass(seed):
     """The log-sum-exp that dense attention returns serves, and masks of any method are measured the same way."""
     query, key = torch.randn(2, 2, 70, 16), torch.randn(2, 2, 90, 16)

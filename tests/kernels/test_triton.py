@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,59 @@ def test_scale_may_be_negative_or_zero(scale, seed, close):
     tensors, mask, _ = random_call("padding")
     out, lse = block_sparse_attention(*tensors, mask, scale=scale, backend="triton", return_lse=True)
     close(out, lse, *oracle.attention(*tensors, mask, scale))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization(group="block", pv="int8")], ids=lambda q: q.name)
+def test_scale_may_be_negative_or_zero_with_quantization(quantization, scale, seed):
+    tensors, mask, _ = random_call("padding", torch.float16)
+    options = {"quantization": quantization, "scale": scale, "return_lse": True}
+    out, lse = block_sparse_attention(*tensors, mask, **options, backend="triton")
+    expected, expected_lse = block_sparse_attention(*tensors, mask, **options, backend="oracle")
+    assert (out.double() - expected.double()).abs().sum() < 5e-3 * expected.double().abs().sum()
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_eight_bit_products_do_not_overflow_in_long_blocks():
+    """With skipping a tile is a whole block: here 512 weights of 127 times values of 127."""
+    query, value = torch.zeros(1, 1, 512, 16, device=DEVICE), torch.ones(1, 1, 512, 16, device=DEVICE)
+    mask = BlockMask.full(512, 512, (16, 512), device=DEVICE)
+    options = {"quantization": "int8+int8", "skip_threshold": 5.0, "backend": "triton"}
+    out = block_sparse_attention(query, query, value, mask, **options)
+    torch.testing.assert_close(out, value)
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every third element in memory; the others would give wrong answers."""
+    room = torch.full((*tensor.shape[:-1], 3 * tensor.shape[-1]), 1, dtype=tensor.dtype, device=tensor.device)
+    room[..., ::3] = tensor
+    return room[..., ::3]
+
+
+@pytest.mark.parametrize("name", ["key bias + order + lists per head", "skip + key bias", "ragged + padding"])
+def test_options_and_lists_may_have_any_strides(name, seed, close):
+    tensors, mask, options = random_call(name)
+    fields = ("counts", "indices", "key_valid", "query_offsets", "key_offsets")
+    given = {field: getattr(mask, field) for field in fields}
+    apart = replace(mask, **{field: spread(x) for field, x in given.items() if x is not None})
+    spread_options = {option: spread(x) for option, x in options.items()}
+    expected = block_sparse_attention(*tensors, mask, **options, backend="triton", return_lse=True)
+    found = block_sparse_attention(*tensors, apart, **spread_options, backend="triton", return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if "skip" not in name:
+        close(*found, *oracle.attention(*tensors, mask, **options))
+
+
+def test_a_bias_and_a_threshold_for_all_may_be_expanded(seed):
+    tensors, mask, _ = random_call("skip")
+    one = {"key_bias": torch.randn(1, 2, 1, device=DEVICE), "skip_threshold": torch.tensor([1.0], device=DEVICE)}
+    options = {
+        "key_bias": one["key_bias"].expand(1, 2, mask.grid[1]),
+        "skip_threshold": one["skip_threshold"].expand(2),
+    }
+    found = block_sparse_attention(*tensors, mask, **options, backend="triton")
+    options = {name: x.contiguous() for name, x in options.items()}
+    assert torch.equal(found, block_sparse_attention(*tensors, mask, **options, backend="triton"))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ def test_fallbacks_are_told_and_strict_forbids_them(config, out):
     assert os.listdir(out) == []
 
 
+def test_the_warm_up_of_a_comparison_is_not_strict(wan_folder, out):
+    """Its two steps are too few for a search at the third and fourth; those of the run are enough."""
+    size = ("--model", wan_folder, "--frames", 17, "--height", 32, "--width", 32, "--steps", 5)
+    searches = ("--attention", "adaspa", "--set", "search_steps=3,4", "--set", "min_tokens=0", "--set", "block_size=16")
+    result = run("generate", PROMPT, *size, *searches, "--compare", "--strict", "--output", out / "v.gif")
+    assert result.exit_code == 0, result.output
+    assert record(out / "v.json")["processor"]["settings"]["strict"]
+
+
 def test_dry_run_loads_nothing(config, out, wan_folder, tmp_path, monkeypatch):
     bare = tmp_path / "bare"
     shutil.copytree(wan_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))

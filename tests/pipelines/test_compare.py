@@ -10,9 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 from attnproc.kernels import block_sparse_attention, scores
+from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.pipelines import cli, comparison
 from attnproc.pipelines.comparison import compare_recorded
-from attnproc.pipelines.recording import Recording
+from attnproc.pipelines.recording import Recording, RecordingProcessor
 from attnproc.sparse.radial import RadialAttnProcessor
 
 PROMPT = "a red circle moving right"
@@ -114,6 +115,8 @@ def test_bench_in_runs_compares_with_dense_at_equal_seeds(wan_folder, small_radi
         (("--density", "half"), "not a list of numbers"),
         (("--recorded", "nowhere"), "not a recording"),
         (("--model", "WAN"), "came without prompts"),
+        (("--cases", "0"), "cases=0 is not possible"),
+        (("--recorded", "nowhere", "--steps", "3", "--model", "WAN"), "came with --model, --steps"),
     ],
 )
 def test_bad_requests_are_named_before_anything_runs(wan_folder, tmp_path, monkeypatch, arguments, message):
@@ -140,3 +143,44 @@ def test_steps_and_layers_beyond_the_run_are_refused(wan_folder, tmp_path, steps
         "record", PROMPT, "--model", wan_folder, *SMALL, "--at-steps", steps, "--layers", layers, "--output", folder
     )
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_settings_of_bench_hold_on_a_recording(recorded, tmp_path):
+    path = tmp_path / "x.png"
+    arguments = ("--methods", "sparge", "--density", "0.5", "--recorded", recorded, "--output", path)
+    result = run("bench", *arguments, "--set", "block_size=16", "--set", "min_tokens=0", "--set", "backend=oracle")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert (row["settings"]["block_size"], row["settings"]["backend"]) == (16, "oracle") and row["density"] < 0.7
+    result = run("bench", *arguments, "--set", "blocks=16")
+    assert result.exit_code == 2 and "no setting 'blocks'" in " ".join(result.output.split())
+
+
+def test_fallbacks_are_counted_over_all_cases(wan_folder, tmp_path):
+    prompts, path = tmp_path / "prompts.txt", tmp_path / "runs.png"
+    prompts.write_text("a red circle\na circle moving right\n")
+    arguments = ("--methods", "sparge", "--density", "0.5", "--prompts", prompts, "--output", path)
+    result = run("bench", "--model", wan_folder, *SMALL, *arguments, "--set", "dense_layers=0")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(path.with_suffix(".json").read_text())["rows"]
+    # 4 steps, 2 layers, 2 branches, 2 prompts
+    assert list(row["fallbacks"].values()) == [32]
+
+
+def test_padding_has_no_part_in_the_numbers_on_a_recording(tmp_path):
+    grid, text, valid = (3, 4, 4), 40, 5
+    whole = torch.randn(3, 1, 2, 48 + text, 16)
+    rows = []
+    for name, layout in (("padded", TokenLayout(grid, text, torch.tensor([valid]))), ("short", TokenLayout(grid, 5))):
+        recorder = RecordingProcessor(folder=tmp_path / name, steps=(1,), layers=(0,))
+        recorder.folder.mkdir()
+        call = AttentionCall(
+            *whole[:, :, :, : layout.tokens], layout, Step(1, 4, "cond", grid), 0, Denoiser("", "M", 1), {}, {}
+        )
+        recorder.plan(call)
+        recording = Recording(recorder.folder, {"model": "M", "calls": recorder.calls})
+        settings = {"block_size": 16, "min_tokens": 0, "search_steps": (1,)}
+        rows += compare_recorded(recording, ["adaspa"], [0.4], settings)
+    padded, short = rows
+    assert padded.recall == pytest.approx(short.recall, abs=1e-5) and padded.recall < 0.95
+    assert padded.error == pytest.approx(short.error, rel=1e-4)

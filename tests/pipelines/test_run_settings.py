@@ -6,6 +6,7 @@ from attnproc.errors import SettingsError
 from attnproc.pipelines.settings import RunSettings, parse_assignments, typed_settings
 from attnproc.processor import DenseAttnProcessor
 from attnproc.sparse.radial import RadialAttnProcessor
+from attnproc.sparse.sparge import SpargeAttnProcessor
 
 
 @pytest.fixture
@@ -70,6 +71,9 @@ def test_texts_get_the_types_of_the_settings():
     assert typed_settings(RadialAttnProcessor, {"dense_layers": "0,5"}) == {"dense_layers": (0, 5)}
     assert typed_settings(RadialAttnProcessor, {"dense_layers": "5,"}) == {"dense_layers": (5,)}
     assert typed_settings(RadialAttnProcessor, {"dense_steps": "[2, 1]"}) == {"dense_steps": (2, 1)}
+    per_head = {"density": "0.5,0.25", "skip_threshold": "4", "cdf_threshold": "none"}
+    found = typed_settings(SpargeAttnProcessor, per_head)
+    assert found == {"density": (0.5, 0.25), "skip_threshold": 4, "cdf_threshold": None}
 
 
 @pytest.mark.parametrize(
