@@ -319,8 +319,8 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(wan, generate, tmp_
 
     whole = calibrated(prompt, lambda p: setattr(pipe, "attn_processor", p), prompts=2, **settings)
     partial = tmp_path / "partial.safetensors"
-    sessions = 0
-    while True:  # each session does one prompt, and is cut off in the middle of the next
+    attempts = 0
+    while True:  # each attempt does one prompt, and is cut off in the middle of the next
         processor = PAROCalibrationProcessor(**settings)
         if partial.exists():
             processor.restore(Calibration.load(partial))
@@ -333,8 +333,8 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(wan, generate, tmp_
         processor.end_prompt()
         processor.state().save(partial)
         prompt(processor.prompts)  # what was seen of it is lost
-        sessions += 1
-    assert sessions == 4
+        attempts += 1
+    assert attempts == 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttnProcWarning)
         resumed = processor.finish(about={"prompts": 2})

@@ -151,6 +151,23 @@ def test_similarities_and_shares_behind_the_released_map():
     assert shares.tolist() == pytest.approx([0.4519, 0.8345, 0.8943, 0.9391, 0.9686, 0.9835], abs=1e-4)
 
 
+def test_the_selection_reproduces_the_released_causal_map():
+    """Attention here is never causal: the released causal rule is put around the selection, to check it once more."""
+    query, key = recipe(1138, 1, 2, 768, 64, (128, 64), own=1, spread=1.3, offset=1)
+    assert (float(query.sum()), float(key.sum())) == pytest.approx((5706.8230, -7962.7245), abs=0.01)
+    rows, columns = torch.arange(6)[:, None], torch.arange(12)
+    past = columns < 2 * (rows + 1)
+    found = score_blocks(query, key, (128, 64))
+    found = found._replace(scores=found.scores.masked_fill(~past, -torch.inf))
+    thresholds = HeadThresholds.of(2, CPU, density=None, cdf_threshold=0.8, similarity_threshold=0.4)
+    blocks = select_blocks(found, thresholds, torch.ones(1, 1, 1, 12, dtype=torch.bool)) & past
+    assert int(blocks.sum()) == 52 and blocks[0, 0, 1].nonzero().flatten().tolist() == [0, 1]
+    assert sha256(blocks) == "c240d34407263367eb697f496892205f9e746630c096f77d1c52d77b0fd2bcd0"
+    blocks |= columns // 2 == rows  # the rule that keeps the diagonal
+    assert int(blocks.sum()) == 63
+    assert sha256(blocks) == "87cb4c04621174d7c3f4fe0c7c31239b0094b4436aef24786be5eab2fe538c93"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kept_fraction_with_a_ragged_tail_reproduces_the_released_map(dtype):
     query, key = recipe(1121, 2, 2, 1000, 64, (128, 64), own=0.6, spread=2, offset=2)
