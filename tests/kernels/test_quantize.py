@@ -19,10 +19,10 @@ from attnproc.kernels.quantize import (
     quantize_values,
     round_half_away,
 )
-from attnproc.kernels.quantize_errors import BLOCK_SIZE, HEAD_DIM, TOKENS, make_inputs, output_errors, report_errors
 from attnproc.kernels.quantize_oracle import attend, forward, simulate
 from attnproc.kernels.request import Request
 from attnproc.kernels.rules import ChunkBits, Ranges
+from benchmarks.quantization_errors import BLOCK_SIZE, HEAD_DIM, TOKENS, make_inputs, output_errors, report_errors
 
 triton_quantize = pytest.importorskip("attnproc.kernels.triton_quantize")
 

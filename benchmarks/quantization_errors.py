@@ -1,18 +1,19 @@
-"""How far quantized attention is from exact attention on random data: a table for benchmarks, and its data for tests.
+"""How far quantized attention is from exact attention on random data: `python -m benchmarks.quantization_errors`.
 
 The data imitate what diffusion transformers do to quantization: keys and queries with an offset per channel, single
 tokens far larger than the rest, flat or peaked weights, values with large or shifted channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from . import oracle
-from .block_mask import BlockMask
-from .quantize import Quantization
-from .quantize_oracle import simulate
+from attnproc.kernels import BlockMask, Quantization, oracle
+from attnproc.kernels.quantize_oracle import simulate
+from benchmarks import machine
+from benchmarks.attention import to_markdown
 
 RECIPES = ("gauss", "kbias", "qkbias", "tokout", "diffuse", "voutlier", "vmean")
 TOKENS, HEAD_DIM = 1024, 128
@@ -84,3 +85,36 @@ def make_inputs(recipe: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     if recipe == "vmean":
         value += 4 * draw(1)
     return query, key, value
+
+
+def cells(line: OutputError) -> list[str]:
+    smooth = "yes" if line.smooth_key else "no"
+    numbers = (f"{line.relative_l1:.4f}", f"{line.cosine:.6f}", f"{line.rmse:.5f}", f"{line.lse:.4f}")
+    return [line.recipe, line.quantization, line.group, smooth, *numbers]
+
+
+def main() -> None:
+    header = (
+        "data",
+        "quantization",
+        "one scale per",
+        "key smoothed",
+        "relative L1",
+        "cosine",
+        "RMSE",
+        "largest LSE error",
+    )
+    lines = report_errors()
+    about = machine.describe()
+    notes = [
+        f"{about['device']}; torch {about['versions']['torch']}; {about['date']}.",
+        "The float64 definition of the rounding, so the numbers are those of every device.",
+        f"1 sample, 2 heads, {TOKENS} tokens, head_dim {HEAD_DIM}, blocks of {BLOCK_SIZE}, full mask.",
+    ]
+    markdown = to_markdown("Errors of quantized attention", header, [cells(line) for line in lines], notes)
+    path = machine.save("quantization-errors", {**about, "rows": [asdict(line) for line in lines]}, markdown)
+    Console().print(markdown, f"Saved {path}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()
