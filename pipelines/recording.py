@@ -1,7 +1,7 @@
 """Recording queries, keys and values of a run, so that methods can be compared later without the model.
 
-A recording is a folder: one safetensors file for each recorded call, and `index.json`, written last, which says what
-they are. Calls are as methods see them: (batch, heads, tokens, head_dim), order [video | text].
+A recording is a folder: one safetensors file for each recorded call, and `index.json`, which says what they are. It is
+written whole or not at all. Calls are as methods see them: (batch, heads, tokens, head_dim), order [video | text].
 """
 
 import json
@@ -14,7 +14,7 @@ from rich.console import Console
 
 import attnproc
 from attnproc.errors import SettingsError
-from attnproc.files import replacing, write_text
+from attnproc.files import new_folder, replacing, write_text
 from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.processor import AttnProcessor, Dense
 
@@ -90,23 +90,23 @@ def record(
     if not steps or not all(0 <= step < total for step in steps):
         raise SettingsError(f"steps {tuple(steps)} were asked for; expected some from 0 to {total - 1}.")
     pipe = load(job.source, job.device, job.dtype, job.settings.offload)
-    folder.mkdir(exist_ok=True)
-    processor = RecordingProcessor(folder=folder, steps=steps, layers=layers)
-    with attnproc.using(pipe, processor):
-        sites = len(attnproc.report(pipe).sites)
-        if not layers or not all(0 <= layer < sites for layer in layers):
-            raise SettingsError(f"layers {tuple(layers)} were asked for; expected some from 0 to {sites - 1}.")
-        run_once(pipe, job, job.settings.seed, "recording", messages)
-    index = {
-        "format": FORMAT,
-        "model": job.source.name,
-        "prompt": job.settings.prompt,
-        "seed": job.settings.seed,
-        "call": job.arguments,
-        "versions": versions(),
-        "calls": processor.calls,
-    }
-    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    with new_folder(folder) as temporary:
+        processor = RecordingProcessor(folder=temporary, steps=steps, layers=layers)
+        with attnproc.using(pipe, processor):
+            sites = len(attnproc.report(pipe).sites)
+            if not layers or not all(0 <= layer < sites for layer in layers):
+                raise SettingsError(f"layers {tuple(layers)} were asked for; expected some from 0 to {sites - 1}.")
+            run_once(pipe, job, job.settings.seed, "recording", messages)
+        index = {
+            "format": FORMAT,
+            "model": job.source.name,
+            "prompt": job.settings.prompt,
+            "seed": job.settings.seed,
+            "call": job.arguments,
+            "versions": versions(),
+            "calls": processor.calls,
+        }
+        write_text(temporary / INDEX, json.dumps(index, indent=1) + "\n")
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"{folder}: {len(processor.calls)} calls, {size:.1f} MB", markup=False, soft_wrap=True)
 

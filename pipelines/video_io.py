@@ -4,10 +4,7 @@ Videos are float arrays (frames, height, width, 3) with values from 0.0 to 1.0.
 """
 
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from attnproc.errors import AttnProcError, SettingsError
-from attnproc.files import replacing
+from attnproc.files import new_folder, replacing
 
 ENDINGS = (".mp4", ".gif")
 # Constant quality of H.264: 0 is lossless, 23 its default; 17 is close to what the eye can tell.
@@ -70,7 +67,7 @@ def write_video(path: Path, video: np.ndarray, fps: int, *, upscale: int = 1, ab
     frames = (video.clip(0.0, 1.0) * 255).round().astype(np.uint8)
     frames = frames.repeat(upscale, axis=1).repeat(upscale, axis=2)
     if not path.suffix:
-        with _replacing_folder(path) as folder:
+        with new_folder(path) as folder:
             _write_pictures(folder, frames)
         return
     with replacing(path) as temporary:
@@ -108,15 +105,3 @@ def _write_pictures(folder: Path, frames: np.ndarray) -> None:
 
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / f"frame-{number:04d}.png")
-
-
-@contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """As `attnproc.files.replacing`, for a folder that is new or empty."""
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -136,6 +136,24 @@ def test_a_recording_is_not_written_over_and_must_be_whole(recorded, wan_folder)
     assert result.exit_code == 2 and "lacks 0001.safetensors" in " ".join(result.output.split())
 
 
+def test_an_interrupted_recording_leaves_nothing(wan_folder, tmp_path, monkeypatch):
+    from attnproc.pipelines.recording import RecordingProcessor
+
+    whole, folder = RecordingProcessor._write, tmp_path / "r"
+
+    def stops(self, call):
+        if self.calls:
+            raise KeyboardInterrupt
+        whole(self, call)
+
+    monkeypatch.setattr(RecordingProcessor, "_write", stops)
+    arguments = (PROMPT, "--model", wan_folder, *SMALL, "--at-steps", "1", "--layers", "0,1", "--output", folder)
+    assert run("record", *arguments).exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(RecordingProcessor, "_write", whole)
+    assert run("record", *arguments).exit_code == 0 and len(Recording.open(folder)) == 4
+
+
 @pytest.mark.parametrize("steps, layers, message", [("4", "0", "from 0 to 3"), ("0", "2", "from 0 to 1")])
 def test_steps_and_layers_beyond_the_run_are_refused(wan_folder, tmp_path, steps, layers, message):
     folder = tmp_path / "r"
