@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 
 import torch
 
+from attnproc import hardware
 from attnproc.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's with the cores this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_model()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    """The GPU if there is one, else the CPU, in words."""
+    return hardware.device_name("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe() -> dict[str, Any]:
@@ -48,13 +45,3 @@ def save(name: str, result: dict, markdown: str, folder: Path = RESULTS) -> Path
     write_text(path, json.dumps(result, indent=1) + "\n")
     write_text(path.with_suffix(".md"), markdown)
     return path
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -21,12 +21,13 @@ import attnproc
 from attnproc.calibration import CalibrationProcessor
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
+from attnproc.hardware import device_name
 from attnproc.kernels import block_sparse_attention, scores
 from attnproc.layout import TokenLayout
 from attnproc.methods import METHODS, calibration_class, method_class
 from attnproc.pipelines import pictures
 from attnproc.pipelines.calibrate import ONLINE, calibrate, calibrator, read_prompts
-from attnproc.pipelines.generate import Video, device_name, run_once, versions
+from attnproc.pipelines.generate import Video, run_once, versions
 from attnproc.pipelines.inspection import InspectingProcessor, densities, mean_of
 from attnproc.pipelines.loading import load
 from attnproc.pipelines.metrics import psnr, ssim
@@ -132,6 +133,7 @@ def about(job: "Job", cases: Sequence[Case], calibration_prompts: Sequence[str])
         "cases": [{"prompt": case.prompt, "seed": case.seed} for case in cases],
         "calibration_prompts": list(calibration_prompts),
         "device": device_name(job.device),
+        "threads": torch.get_num_threads(),
         "dtype": str(job.dtype).removeprefix("torch."),
         "versions": versions(),
     }

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from attnproc.hardware import device_name
 from attnproc.kernels import (
     FEATURES,
     BlockMask,
@@ -17,7 +18,7 @@ from attnproc.kernels import (
     choose_backend,
     oracle,
 )
-from attnproc.pipelines.generate import device_name, versions
+from attnproc.pipelines.generate import versions
 
 # (batch, heads, queries, keys, head_dim, (query block, key block), kept share, whether samples are padded)
 CASES = [

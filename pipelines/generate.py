@@ -23,6 +23,7 @@ from attnproc import AttnProcessor, Estimate, Report
 from attnproc.errors import AttnProcError, AttnProcWarning, SettingsError, UnsupportedError
 from attnproc.families import FAMILIES
 from attnproc.files import write_text
+from attnproc.hardware import device_name
 from attnproc.pipelines.loading import Source, find_source, load, pick_device
 from attnproc.pipelines.metrics import psnr, ssim
 from attnproc.pipelines.settings import RunSettings
@@ -285,15 +286,6 @@ def versions() -> dict[str, str | None]:
             found[name] = None
     found["attnproc"] = attnproc.__version__
     return found
-
-
-def device_name(device: Any) -> str:
-    """The device in words."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _outputs(settings: RunSettings) -> list[Path]:

@@ -19,6 +19,7 @@ from torch import Tensor
 import attnproc
 from attnproc.errors import SettingsError
 from attnproc.files import write_text
+from attnproc.hardware import device_name
 from attnproc.kernels import BlockMask, scores
 from attnproc.layout import AttentionCall, Denoiser, Grid, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
@@ -218,7 +219,7 @@ def inspect(
     chosen: (layer, head) pairs to draw, by default head 0 of the middle and of the last layer.
     """
     from attnproc.pipelines import pictures
-    from attnproc.pipelines.generate import device_name, run_once, versions
+    from attnproc.pipelines.generate import run_once, versions
     from attnproc.pipelines.loading import load
 
     check_target(output)

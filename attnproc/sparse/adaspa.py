@@ -33,13 +33,12 @@ from attnproc.sparse.adaspa_blocks import (
     drift,
     head_tiers,
     keep_count,
-    pack,
     rank_blocks,
     scale_rows,
     tier_densities,
-    unpack,
     valid_tokens,
 )
+from attnproc.sparse.bits import pack_blocks, unpack_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 LEAST_BLOCKS = 4  # of video
@@ -250,7 +249,7 @@ class AdaSpaAttnProcessor(AttnProcessor):
     def _remember(self, call: AttentionCall, segments: Segments, found: "_Found", lse: Tensor) -> "_Choice":
         index, blocks = call.step.index, found.blocks
         small = blocks.numel() <= SMALL_MASK_PAIRS
-        kept = _mask(blocks, segments, call.layout.key_valid) if small else pack(blocks)
+        kept = _mask(blocks, segments, call.layout.key_valid) if small else pack_blocks(blocks)
         last = index >= self.searches(call.step.total)[-1]
         choice = _Choice(_facts(call, segments), index, kept, None if last else lse)
         call.state[self.name] = choice
@@ -324,7 +323,7 @@ class _Choice:
     def mask(self, segments: Segments, key_valid: Tensor | None) -> BlockMask:
         if isinstance(self.kept, BlockMask):
             return self.kept
-        return _mask(unpack(self.kept, segments.blocks), segments, key_valid)
+        return _mask(unpack_blocks(self.kept, segments.blocks), segments, key_valid)
 
 
 def _mask(blocks: Tensor, segments: Segments, key_valid: Tensor | None) -> BlockMask:

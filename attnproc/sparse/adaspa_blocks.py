@@ -143,15 +143,3 @@ def drift(old: Tensor, new: Tensor, valid: Tensor) -> Tensor:
     rise = torch.where(real, new - old, 0.0)
     rise = rise.masked_fill(~rise.isfinite() | (rise >= EXPONENT_LIMIT * math.log(2.0)), math.nan)
     return rise.abs().sum() / (valid.sum() * old.shape[1])
-
-
-def pack(blocks: Tensor) -> Tensor:
-    """uint8 (..., ceil(N / 8)) of bool (..., N): eight blocks to a byte."""
-    padded = F.pad(blocks, (0, -blocks.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded << torch.arange(8, dtype=torch.uint8, device=blocks.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, blocks: int) -> Tensor:
-    """bool (..., blocks): the inverse of `pack`."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).bool().flatten(-2)[..., :blocks]

@@ -23,6 +23,7 @@ from attnproc.errors import SettingsError
 from attnproc.kernels import BlockMask
 from attnproc.layout import AttentionCall, Denoiser, Grid, TokenLayout
 from attnproc.processor import AttnProcessor, Dense, Plan
+from attnproc.sparse.bits import unpack_blocks
 
 #: axis orders, the last letter fastest; where two are as good as each other, the first of this list is taken
 ORDERS = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")
@@ -246,17 +247,6 @@ def text_blocks(layout: TokenLayout, block_size: int) -> Tensor:
     first = layout.video_tokens // block_size if layout.text_tokens else blocks
     has_text = torch.arange(blocks) >= first
     return has_text[:, None] | has_text
-
-
-def pack_blocks(blocks: Tensor) -> Tensor:
-    """uint8 (..., ceil(N / 8)) of bool (..., N): eight to a byte, the first in the highest bit."""
-    return torch.from_numpy(np.packbits(blocks.cpu().numpy(), axis=-1))
-
-
-def unpack_blocks(packed: Tensor, columns: int) -> Tensor:
-    """bool (..., columns): the inverse of `pack_blocks`, on the device of `packed`."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & 1).bool().flatten(-2)[..., :columns]
 
 
 def check_density(density: Any) -> None:

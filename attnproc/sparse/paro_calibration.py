@@ -27,13 +27,13 @@ from attnproc.errors import AttnProcWarning, SettingsError, UnsupportedError
 from attnproc.kernels.oracle import take
 from attnproc.kernels.scores import block_mass, dense_lse
 from attnproc.layout import AttentionCall, TokenLayout
+from attnproc.sparse.bits import pack_blocks
 from attnproc.sparse.paro import (
     DENSITIES,
     ORDERS,
     SLOT_POLICIES,
     axis_order,
     check_density,
-    pack_blocks,
     slot_count,
     slot_of,
     text_blocks,

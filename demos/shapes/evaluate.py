@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+
+from attnproc.hardware import device_name
 
 from . import shapes_video_path
 from .detect import Detection, agreement, detect, match
@@ -84,18 +85,6 @@ def save_sheet(path: Path, videos: Sequence[np.ndarray]) -> None:
     Image.fromarray(np.concatenate(rows, 0)).save(path)
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the device that computes, and the threads used on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m attnproc.demos.shapes.evaluate", description=__doc__)
     parser.add_argument("--cases", type=int, default=200)
@@ -136,7 +125,7 @@ def main() -> None:
         "two objects": summary(scores[2]),
         "settings": {**settings, "cases": args.cases, "seed": args.seed, "dtype": "float32"},
         "training": json.loads(training.read_text()) if training.exists() else None,
-        "hardware": hardware(device),
+        "hardware": device_name(device),
         "seconds": round(time.monotonic() - started, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }

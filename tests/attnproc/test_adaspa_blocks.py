@@ -18,11 +18,9 @@ from attnproc.sparse.adaspa_blocks import (
     drift,
     head_tiers,
     keep_count,
-    pack,
     rank_blocks,
     scale_rows,
     tier_densities,
-    unpack,
     valid_tokens,
 )
 
@@ -467,14 +465,6 @@ def test_padding_changes_no_choice_and_no_output_whatever_it_holds():
     assert torch.equal(poisoned, blocks) and torch.equal(same.recall, ranking.recall)
     again = block_sparse_attention(query, key, value, shape.mask(poisoned))
     assert again.isfinite().all() and torch.equal(again, out)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
-def test_packing_is_eight_blocks_to_a_byte_and_comes_back(count):
-    blocks = torch.rand(2, 3, 5, count) < 0.5
-    packed = pack(blocks)
-    assert packed.dtype == torch.uint8 and packed.shape == (2, 3, 5, -(-count // 8))
-    assert torch.equal(unpack(packed, count), blocks)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,14 @@ from attnproc.errors import SettingsError
 from attnproc.kernels import BlockMask, block_sparse_attention
 from attnproc.kernels.oracle import put_back, take
 from attnproc.layout import TokenLayout
+from attnproc.sparse.bits import pack_blocks, unpack_blocks
 from attnproc.sparse.paro import (
     ORDERS,
     axis_order,
-    pack_blocks,
     slot_count,
     slot_of,
     text_blocks,
     token_order,
-    unpack_blocks,
 )
 from attnproc.sparse.paro_calibration import (
     PAROCalibrationProcessor,
@@ -358,12 +358,13 @@ def test_density_counts_tokens():
     assert token_density(blocks, 57, 16) == pytest.approx(mask.density, abs=1e-12)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 8, 9, 278])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 20, 278])
 def test_packed_masks_come_back(columns):
     blocks = torch.rand(3, 5, columns) < 0.5
     packed = pack_blocks(blocks)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 5, -(-columns // 8))
     assert torch.equal(unpack_blocks(packed, columns), blocks)
+    assert packed.tolist() == np.packbits(blocks.numpy(), axis=-1).tolist()
     assert pack_blocks(torch.tensor([[True] + [False] * 8])).tolist() == [[128, 0]], "the first bit is the highest"
 
 

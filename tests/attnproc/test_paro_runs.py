@@ -16,7 +16,8 @@ from attnproc.kernels import block_sparse_attention
 from attnproc.layout import AttentionCall, Denoiser, Step, TokenLayout
 from attnproc.processor import AttnProcessor, Dense
 from attnproc.sparse import paro
-from attnproc.sparse.paro import ORDERS, PAROAttnProcessor, axis_order, unpack_blocks
+from attnproc.sparse.bits import unpack_blocks
+from attnproc.sparse.paro import ORDERS, PAROAttnProcessor, axis_order
 from attnproc.sparse.paro_calibration import PAROCalibrationProcessor, choose_blocks
 
 ONE_SLOT = {"slot_policy": "uniform", "slots": 1}
