@@ -73,10 +73,10 @@ def score(wanted: Sequence[Look], found: Sequence[Detection]) -> dict[str, float
     return result
 
 
-def summary(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of every score, rounded to four digits, and the number of clips."""
+def summary(scores: Sequence[dict[str, float]], what: str = "clips") -> dict[str, float]:
+    """Mean of every score, rounded to four digits, and their number under the name `what`."""
     names = scores[0] if scores else ()
-    return {"clips": len(scores), **{n: round(sum(s[n] for s in scores) / len(scores), 4) for n in names}}
+    return {what: len(scores), **{n: round(sum(s[n] for s in scores) / len(scores), 4) for n in names}}
 
 
 def save_sheet(path: Path, videos: Sequence[np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""A pool of encoded clips with their captions, on disk and growing, so that a transformer step never waits for the
+"""A pool of encoded clips or pictures with their captions, on disk and growing: a training step never waits for the
 autoencoder."""
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .picture_text import TEXT_LENGTH as PICTURE_TEXT_LENGTH
 from .render import render
 from .scene import Scene, caption, sample_scene
-from .sizes import Size
 from .train_autoencoder import to_model
 from .training import Shards, autocast
 
@@ -33,7 +33,10 @@ class LatentPool:
     A clip keeps three wordings of its caption; an epoch draws one of them.
     """
 
-    def __init__(self, folder: Path, size: Size, vae: Any, tokenizer: Any, seed: int, device: torch.device):
+    text_length = TEXT_LENGTH
+    still = False
+
+    def __init__(self, folder: Path, size: Any, vae: Any, tokenizer: Any, seed: int, device: torch.device):
         self.folder, self.size, self.vae, self.tokenizer = folder, size, vae, tokenizer
         self.shards = Shards((vae,), device)
         self.seed, self.device = seed, device
@@ -56,15 +59,16 @@ class LatentPool:
 
     def _make(self, number: int, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = random.Random(f"{self.seed} latents {number}")
-        scenes = [sample_scene(rng) for _ in range(clips)]
+        scenes = [sample_scene(rng, still=self.still) for _ in range(clips)]
         share = -(-clips // self.shards.count)
         parts = [(scenes[k : k + share],) for k in range(0, clips, share)]
         latents = torch.cat(self.shards.map(self._encode, parts))
-        wordings = [caption(scene, rng) for scene in scenes for _ in range(3)]
-        ids = self.tokenizer(wordings, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
-        if int((ids != self.tokenizer.pad_token_id).sum(1).max()) >= TEXT_LENGTH:
-            raise ValueError(f"Got a caption of {TEXT_LENGTH} tokens or more. Raise TEXT_LENGTH.")
-        return latents, ids.view(clips, 3, TEXT_LENGTH).to(torch.int16)
+        wordings = [caption(scene, rng, self.still) for scene in scenes for _ in range(3)]
+        length = self.text_length
+        ids = self.tokenizer(wordings, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        if int((ids != self.tokenizer.pad_token_id).sum(1).max()) >= length:
+            raise ValueError(f"Got a caption of {length} tokens or more. Raise TEXT_LENGTH.")
+        return latents, ids.view(clips, 3, length).to(torch.int16)
 
     @torch.no_grad()
     def _encode(self, modules: Any, scenes: list[Scene]) -> torch.Tensor:
@@ -78,7 +82,7 @@ class LatentPool:
         return torch.cat(latents)
 
     def batch(self, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random clips: latents float32 (count, channels, frames, height, width) and token ids (count, TEXT_LENGTH)."""
+        """Random clips: latents float32 (count, channels, frames, height, width) and token ids (count, text length)."""
         picks = []
         for _ in range(count):
             chunk = rng.randrange(len(self.latents))
@@ -86,3 +90,20 @@ class LatentPool:
         latents = torch.stack([self.latents[c][k] for c, k, _ in picks]).float()
         tokens = torch.stack([self.tokens[c][k, w] for c, k, w in picks]).long()
         return latents.to(self.device), tokens.to(self.device)
+
+
+class PicturePool(LatentPool):
+    """The same with pictures: latents (count, channels, height, width)."""
+
+    text_length = PICTURE_TEXT_LENGTH
+    still = True
+
+    @torch.no_grad()
+    def _encode(self, modules: Any, scenes: list[Scene]) -> torch.Tensor:
+        latents = []
+        for first in range(0, len(scenes), 16):
+            pictures = np.stack([render(scene, self.size.pixels, 1) for scene in scenes[first : first + 16]])
+            with autocast(self.device):
+                mode = modules[0].encode(to_model(pictures).squeeze(2).to(self.device)).latent_dist.mode()
+            latents.append(mode.half().cpu())
+        return torch.cat(latents)

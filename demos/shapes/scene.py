@@ -119,15 +119,16 @@ def is_held_out(look: Look) -> bool:
     return hashlib.sha256(words.encode()).digest()[0] % 20 == 0
 
 
-def sample_look(rng: random.Random, held_out: bool = False) -> Look:
+def sample_look(rng: random.Random, held_out: bool = False, still: bool = False) -> Look:
     """A random look from the training combinations, or from the held-out ones.
 
-    A plain circle never spins (nobody could see it). Half of all objects move, a quarter rest or spin each.
+    A plain circle never spins (nobody could see it). With `still` every object rests, otherwise all motions are
+    equally likely.
     """
     while True:
         texture = rng.choice(TEXTURES)
         color, second = rng.sample(tuple(COLORS), 2)
-        motion = rng.choice(MOTIONS)
+        motion = "rest" if still else rng.choice(MOTIONS)
         look = Look(rng.choice(SHAPES), color, texture, None if texture == "plain" else second, motion)
         if look.motion == "spin" and look.shape == "circle":
             continue
@@ -135,28 +136,30 @@ def sample_look(rng: random.Random, held_out: bool = False) -> Look:
             return look
 
 
-def sample_scene(rng: random.Random, count: int | None = None, held_out: bool = False) -> Scene:
+def sample_scene(rng: random.Random, count: int | None = None, held_out: bool = False, still: bool = False) -> Scene:
     """A random scene in which no two objects ever touch and every object stays inside the picture.
 
     Args:
         rng: the only source of randomness; the same state gives the same scene.
-        count: number of objects, 1 to 3; None draws 60 %, 30 %, 10 %.
+        count: number of objects, 1 to 3; None draws 60 %, 30 %, 10 %, or for a picture 30 %, 40 %, 30 %.
         held_out: take every object from the held-out combinations instead of the training ones.
+        still: a picture: nothing moves, and the objects' radii vary by 15 % either way.
     """
     if count is None:
-        count = rng.choices((1, 2, 3), weights=(6, 3, 1))[0]
+        count = rng.choices((1, 2, 3), weights=(3, 4, 3) if still else (6, 3, 1))[0]
     if count not in RADIUS:
         raise ValueError(f"Got {count} objects. Expected 1, 2 or 3. Ask for one of these.")
     top = rng.choice(tuple(BACKGROUNDS))
     bottom = rng.choice(tuple(BACKGROUNDS)) if rng.random() < 0.5 else top
     while True:
-        looks = [sample_look(rng, held_out) for _ in range(count)]
+        looks = [sample_look(rng, held_out, still) for _ in range(count)]
         if len({look.color for look in looks}) < count:
             continue  # different main colours, so that a caption's objects can be told apart
         for _ in range(30):
             objects: list[Object] = []
             for look in looks:
-                placed = _place(rng, look, RADIUS[count], TRAVEL[count])
+                radius = RADIUS[count] * (rng.uniform(0.85, 1.15) if still else 1.0)
+                placed = _place(rng, look, radius, TRAVEL[count])
                 if not all(_apart(placed, other) for other in objects):
                     break
                 objects.append(placed)
@@ -190,8 +193,11 @@ _MOVING = ("moving", "drifting")
 _WORD = re.compile(r"[a-z]+")
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene in words; with `rng`, the words are varied by synonyms, without it they are always the same."""
+def caption(scene: Scene, rng: random.Random | None = None, still: bool = False) -> str:
+    """The scene in words; with `rng`, the words are varied by synonyms, without it they are always the same.
+
+    `still` leaves the motions out, as in the caption of a picture.
+    """
     choose = (lambda options: options[0]) if rng is None else rng.choice
     parts = []
     for look in scene.looks:
@@ -199,8 +205,10 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
             paint = choose((f"plain {look.color}", look.color))
         else:
             paint = f"{look.texture} {look.color} and {look.second_color}"
-        motion = choose(_STILL[look.motion]) if look.motion in _STILL else f"{choose(_MOVING)} {look.motion}"
-        parts.append(f"a {paint} {look.shape} {motion}")
+        words = ["a", paint, look.shape]
+        if not still:
+            words.append(choose(_STILL[look.motion]) if look.motion in _STILL else f"{choose(_MOVING)} {look.motion}")
+        parts.append(" ".join(words))
     ground = scene.top if scene.top == scene.bottom else f"{scene.top} to {scene.bottom}"
     return f"{' and '.join(parts)} on a {ground} background"
 
@@ -231,7 +239,7 @@ def _parse_looks(words: list[str]) -> Iterator[Look]:
     for word in [*rest, "a"]:
         if word == "a":
             if shape:
-                motion = " ".join(pending)
+                motion = " ".join(pending) or "rest"  # captions of pictures name no motion
                 yield Look(shape, colors[0], texture, colors[1] if texture != "plain" else None, motion)
             colors, texture, shape, pending = [], "plain", "", []
         elif word in COLORS:

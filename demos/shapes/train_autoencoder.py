@@ -11,8 +11,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from PIL import Image
 
+from .picture_sizes import PictureSize
 from .render import render
-from .scene import WORLD, sample_scene
+from .scene import FRAMES, WORLD, sample_scene
 from .sizes import Size, Stage
 from .training import Average, Checkpoint, Log, Shards, autocast, learning_rate, step_rng
 
@@ -68,13 +69,13 @@ def to_pixels(video: torch.Tensor) -> np.ndarray:
     return (video.float() * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 4, 1).to(torch.uint8).cpu().numpy()
 
 
-def sample_clips(rng: random.Random, size: Size, stage: Stage) -> torch.Tensor:
+def sample_clips(rng: random.Random, size: Size | PictureSize, stage: Stage) -> torch.Tensor:
     """A batch of random clips: consecutive frames from a random moment, cropped around a random object."""
     clips = []
     for _ in range(stage.batch):
         scene = sample_scene(rng, count=rng.choice((1, 2, 3)))
-        first = rng.randint(0, size.frames - stage.frames)
-        moments = [(first + k) / (size.frames - 1) for k in range(stage.frames)]
+        first = rng.randint(0, FRAMES - stage.frames)
+        moments = [(first + k) / (FRAMES - 1) for k in range(stage.frames)]
         video = render(scene, size.pixels, moments)
         if stage.crop < size.pixels:
             x, y = rng.choice(scene.objects).center(0.5)

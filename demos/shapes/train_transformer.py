@@ -16,12 +16,11 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from .latent_pool import TEXT_LENGTH, LatentPool
 from .sizes import Size
 from .text import build_text_encoder, build_tokenizer
-from .training import Average, Checkpoint, Log, Shards, autocast, learning_rate, step_rng
+from .training import Average, Checkpoint, Log, Optimizers, Shards, autocast, learning_rate, step_rng
 
 PIPELINE_TEXT_LENGTH = 512  # WanPipeline pads prompt embeddings with zeros to this length and attends to all of them
 SHIFT = 3.0  # moves the noise levels of training and sampling towards pure noise
 CAPTION_DROPOUT = 0.1
-MATRIX_RATE, OTHER_RATE = 2e-3, 1e-3
 FIRST_CHUNKS, CHUNK_EVERY = 3, 150  # chunks of encoded clips at the start, and steps between two new ones
 
 
@@ -74,39 +73,6 @@ def encode_text(encoder: Any, tokens: torch.Tensor, pad: int) -> torch.Tensor:
     return encoder(tokens, mask.long()).last_hidden_state * mask.unsqueeze(-1)
 
 
-class Optimizers:
-    """Muon for the matrices of the blocks, AdamW for everything else, behind one face."""
-
-    def __init__(self, transformer: torch.nn.Module, encoder: torch.nn.Module):
-        matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
-        for name, parameter in transformer.named_parameters():
-            inside = name.startswith("blocks.") and parameter.ndim == 2
-            (matrices if inside else others).append(parameter)
-        others += encoder.parameters()
-        self.parameters = matrices + others
-        self.parts = [
-            (torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), MATRIX_RATE),
-            (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), OTHER_RATE),
-        ]
-
-    def step(self, factor: float) -> None:
-        """One update with every peak rate times `factor`; forgets the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer, peak in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list:
-        return [optimizer.state_dict() for optimizer, _ in self.parts]
-
-    def load_state_dict(self, states: list) -> None:
-        for (optimizer, _), state in zip(self.parts, states, strict=True):
-            optimizer.load_state_dict(state)
-
-
 def flow_loss(transformer: Any, text: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Mean squared error of the predicted velocity (noise - latents) at random noise levels, stratified in a batch."""
     count = len(latents)
@@ -134,7 +100,7 @@ def train_transformer(
     transformer.to(device)
     encoder.to(device)
     use_short_text(transformer, True)
-    optimizers = Optimizers(transformer, encoder)
+    optimizers = Optimizers((transformer, encoder), lambda name: name.startswith("blocks."))
     average = Average({"transformer": transformer, "text_encoder": encoder}, decay=0.999)
     checkpoint = Checkpoint(out / "transformer.pt", average, optimizers)
     log = Log(out / "transformer.log")

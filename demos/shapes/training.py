@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+MATRIX_RATE, OTHER_RATE = 2e-3, 1e-3  # peak learning rates of `Optimizers`
+
 
 def pick_device(name: str) -> torch.device:
     """The named device, or with "auto" the GPU if there is one."""
@@ -122,6 +124,42 @@ class Average:
         finally:
             for name, module in self.modules.items():
                 module.load_state_dict(backup[name])
+
+
+class Optimizers:
+    """Muon for some matrices of the first module, AdamW for everything else, behind one face.
+
+    `is_matrix(name)` picks among the two-dimensional parameters of the first module.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module], is_matrix: Callable[[str], bool]):
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, parameter in modules[0].named_parameters():
+            (matrices if parameter.ndim == 2 and is_matrix(name) else others).append(parameter)
+        for module in modules[1:]:
+            others += module.parameters()
+        self.parameters = matrices + others
+        self.parts = [
+            (torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), MATRIX_RATE),
+            (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), OTHER_RATE),
+        ]
+
+    def step(self, factor: float) -> None:
+        """One update with every peak rate times `factor`; forgets the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer, peak in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list:
+        return [optimizer.state_dict() for optimizer, _ in self.parts]
+
+    def load_state_dict(self, states: list) -> None:
+        for (optimizer, _), state in zip(self.parts, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 class Checkpoint:

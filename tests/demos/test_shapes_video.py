@@ -18,14 +18,8 @@ from attnproc.demos.shapes.scene import FRAMES, caption, is_held_out, sample_sce
 from attnproc.demos.shapes.sizes import SIZES, Stage
 from attnproc.demos.shapes.text import UNKNOWN, build_text_encoder, build_tokenizer
 from attnproc.demos.shapes.train_autoencoder import build_autoencoder, sample_clips, to_model, to_pixels
-from attnproc.demos.shapes.train_transformer import (
-    Optimizers,
-    build_transformer,
-    encode_text,
-    flow_loss,
-    use_short_text,
-)
-from attnproc.demos.shapes.training import Average, Checkpoint, Shards, learning_rate
+from attnproc.demos.shapes.train_transformer import build_transformer, encode_text, flow_loss, use_short_text
+from attnproc.demos.shapes.training import Average, Checkpoint, Optimizers, Shards, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +130,7 @@ def test_a_checkpoint_brings_back_weights_average_and_optimizer(tmp_path):
     def fresh():
         torch.manual_seed(0)
         modules = {"transformer": build_transformer(size), "text_encoder": build_text_encoder(size.text_dim, 1)}
-        optimizers = Optimizers(*modules.values())
+        optimizers = Optimizers(tuple(modules.values()), lambda name: name.startswith("blocks."))
         return modules, optimizers, Checkpoint(tmp_path / "state.pt", Average(modules, 0.9), optimizers)
 
     def train(modules, optimizers, checkpoint, seed):

@@ -1,0 +1,1 @@
+"""Control of image models without training: one file per method, and what they share of U-Nets, words and masks."""
