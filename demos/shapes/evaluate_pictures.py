@@ -82,8 +82,8 @@ def main() -> None:
     for first in range(0, len(cases), args.batch):
         part = cases[first : first + args.batch]
         for case, picture in zip(part, draw(pipe, part, steps=args.steps, guidance=args.guidance), strict=True):
-            result = score(case.scene.looks, detect(picture))
-            scores[len(case.scene.objects)].append({name: result[name] for name in ATTRIBUTES})
+            right = score(case.scene.looks, detect(picture))
+            scores[len(case.scene.objects)].append({name: right[name] for name in ATTRIBUTES})
             shown = [*shown, picture][:24]
         print(
             f"{first + len(part)}/{len(cases)}",
