@@ -269,7 +269,7 @@ def _from_objects(target: Any) -> ModelConfigs:
 def _from_files(name: str) -> ModelConfigs:
     folder = Path(name).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        match = difflib.get_close_matches(name, [*KNOWN_MODELS, "shapes-video"], n=1)
+        match = difflib.get_close_matches(name, [*KNOWN_MODELS, "shapes-video", "shapes-image"], n=1)
         raise SettingsError(
             f"model {name!r} is not known; expected a local folder, a Hugging Face id such as 'owner/name', or one "
             f"of {', '.join(KNOWN_MODELS)}." + (f" Did you mean {match[0]!r}?" if match else "")

@@ -1,29 +1,27 @@
-"""The command `attnproc`: generate, calibrate, inspect, bench, record, estimate,
-list, doctor.
+"""The command `attnproc`: generate, calibrate, inspect, record, bench, estimate, list, doctor; for pictures image,
+story and compose, which stand in cli_images.py.
 
 Exit codes: 0 done; 1 it failed; 2 bad arguments; 3 a combination that is not supported, or `--strict` forbids;
 130 interrupted. Heavy imports happen inside the commands.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from attnproc.errors import AttnProcError, AttnProcWarning, SettingsError, UnsupportedError
+from attnproc.errors import AttnProcError, SettingsError
+from attnproc.pipelines import cli_images, cli_shared
+from attnproc.pipelines.cli_shared import Device, DType, Offload, Set, exit_codes, quiet_libraries
 
 app = typer.Typer(
-    help="Sparse video attention for Hugging Face diffusers.",
+    help="Sparse video attention and control of image models for Hugging Face diffusers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_debug = False
 
 Model = Annotated[
     str | None,
@@ -40,10 +38,6 @@ Quality = Annotated[str | None, typer.Option(help="high, balanced or fast. (defa
 Plan = Annotated[
     str | None, typer.Option(help="Calibration file of `attnproc calibrate`, for paro and sparge. (default: none)")
 ]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; may be repeated. (default: none)"),
-]
 Frames = Annotated[int | None, typer.Option(help="Frames of the video. (default: the model's; shapes-video 17)")]
 Height = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
 Width = Annotated[int | None, typer.Option(help="Pixels. (default: the model's; shapes-video 64)")]
@@ -51,22 +45,13 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps. (default: the 
 Guidance = Annotated[
     float | None, typer.Option(help="Guidance scale, 1 is none. (default: the model's; shapes-video 4)")
 ]
-DType = Annotated[
-    str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16. (default: auto: float32 on CPU, else bfloat16)"),
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (default: auto: cuda if any)")]
-Offload = Annotated[
-    str | None, typer.Option(help="none, model or sequential: keep weights in main memory. (default: none)")
-]
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. (default: off)")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    cli_shared.debug = debug
 
 
 @app.command()
@@ -114,8 +99,8 @@ def generate(
     Videos of shapes-video are enlarged to 256 pixels when written.
     """
     flags = {key: value for key, value in locals().items() if key not in ("set_", "config", "dry_run")}
-    with _exit_codes():
-        _quiet_libraries()
+    with exit_codes():
+        quiet_libraries()
         from attnproc.pipelines.generate import generate as run
         from attnproc.pipelines.generate import prepare
         from attnproc.pipelines.settings import RunSettings, parse_assignments
@@ -126,6 +111,10 @@ def generate(
             _print_plan(job)
             return
         run(job, Console(), Console(stderr=True))
+
+
+for picture_command in cli_images.COMMANDS:
+    app.command()(picture_command)
 
 
 @app.command()
@@ -157,8 +146,8 @@ def inspect(
 ) -> None:
     """Shows what a method does in a run: density, recall, masks on the latent grid, time. Writes a PNG and a JSON."""
     flags = {key: value for key, value in locals().items() if key not in ("set_", "heads", "output")}
-    with _exit_codes():
-        _quiet_libraries()
+    with exit_codes():
+        quiet_libraries()
         from attnproc.pipelines import inspection
 
         chosen = None if heads is None else inspection.parse_heads(heads)
@@ -193,8 +182,8 @@ def calibrate(
     """Learns a plan for one model and size from dense runs of some prompts. Goes on where it was interrupted."""
     names = ("model", "frames", "height", "width", "steps", "guidance", "seed", "dtype", "device", "offload")
     flags = {key: value for key, value in locals().items() if key in names}
-    with _exit_codes():
-        _quiet_libraries()
+    with exit_codes():
+        quiet_libraries()
         from attnproc.pipelines import calibrate as calibration
         from attnproc.pipelines.settings import parse_assignments
 
@@ -229,8 +218,8 @@ def record(
 ) -> None:
     """Records queries, keys and values of a dense run, for `attnproc bench --recorded` without the model."""
     flags = {key: value for key, value in locals().items() if key not in ("output", "at_steps", "layers")}
-    with _exit_codes():
-        _quiet_libraries()
+    with exit_codes():
+        quiet_libraries()
         from attnproc.pipelines import recording
 
         recording.check_folder(output)
@@ -279,8 +268,8 @@ def bench(
     """Compares methods with dense attention at equal seeds: PSNR, SSIM, recall, time, and what a detector reads."""
     names = ("model", "frames", "height", "width", "steps", "guidance", "seed", "dtype", "device", "offload")
     flags = {key: value for key, value in locals().items() if key in names}
-    with _exit_codes():
-        _quiet_libraries()
+    with exit_codes():
+        quiet_libraries()
         from attnproc.pipelines import comparison, inspection
         from attnproc.pipelines.recording import Recording
         from attnproc.pipelines.settings import parse_assignments
@@ -335,7 +324,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (default: off)")] = False,
 ) -> None:
     """Says what a method can gain on a model before it is run. Reads configurations only, never weights."""
-    with _exit_codes():
+    with exit_codes():
         import dataclasses
 
         import attnproc
@@ -363,12 +352,13 @@ def estimate(
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (default: off)")] = False) -> None:
     """Lists methods, presets, model families, and the names that `estimate` knows."""
-    with _exit_codes():
+    with exit_codes():
         from rich.table import Table
 
         from attnproc.families import FAMILIES
         from attnproc.methods import METHODS, method_class
         from attnproc.model_facts import KNOWN_MODELS
+        from attnproc.pipelines.picture_job import CONTROL_METHODS
 
         classes = {name: method_class(name) for name in METHODS}
         data = {
@@ -376,6 +366,10 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (def
             "presets": {name: cls.presets() for name, cls in classes.items()},
             "families": {family.name: list(family.models) for family in FAMILIES},
             "models": list(KNOWN_MODELS),
+            "control": {
+                command: {"method": method.title, "models": list(method.pipeline.accepted)}
+                for command, method in CONTROL_METHODS.items()
+            },
         }
         if as_json:
             _print_json(data)
@@ -394,6 +388,10 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON. (def
         for name, models in data["families"].items():  # type: ignore[attr-defined]
             table.add_row(name, ", ".join(models))
         console.print(table)
+        table = Table("command", "method", "pipelines", title="control of image models, without training")
+        for command, entry in data["control"].items():  # type: ignore[attr-defined]
+            table.add_row(f"attnproc {command}", entry["method"], ", ".join(entry["models"]))
+        console.print(table)
         console.print("names for `attnproc estimate`:", ", ".join(KNOWN_MODELS), highlight=False)
 
 
@@ -410,7 +408,7 @@ def doctor(
     seed: Annotated[int | None, typer.Option(help="Of the random inputs of --selftest. (default: random)")] = None,
 ) -> None:
     """Says what this machine can run, why not the rest, and whether what runs is right."""
-    with _exit_codes():
+    with exit_codes():
         import random
 
         from attnproc.pipelines import doctor as checks
@@ -437,38 +435,6 @@ def doctor(
 def main() -> None:
     """Entry point of the command `attnproc`."""
     app()
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns errors into one line on stderr and an exit code, and warnings of this package into one line each."""
-    console = Console(stderr=True)
-    shown = warnings.showwarning
-
-    def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, AttnProcWarning):
-            console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
-        else:
-            shown(message, category, *args, **kwargs)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield
-    except KeyboardInterrupt:
-        console.print("interrupted; files that were finished are whole, and none is half-written")
-        raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if _debug:
-            console.print_exception()
-        line = " ".join(str(error).split())
-        if not isinstance(error, AttnProcError):
-            line = f"{type(error).__name__}: {line} (attnproc --debug ... shows where)"
-        console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
-        codes = {SettingsError: 2, UnsupportedError: 3}
-        raise typer.Exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1)) from None
 
 
 def _numbers(name: str, text: str, kind: type) -> list[Any]:
@@ -515,16 +481,6 @@ def _print_json(data: Any) -> None:
     import json
 
     typer.echo(json.dumps(data, indent=2))
-
-
-def _quiet_libraries() -> None:
-    """Leaves the terminal to this command: no bars for loading, no notes on optional packages."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnproc.errors import AttnProcError, SettingsError
-from attnproc.model_facts import CLASSES, KNOWN_MODELS, ModelFacts, model_facts, read_configs
-from attnproc.pipelines.settings import EMBEDDED, RunSettings
+from attnproc.errors import AttnProcError, SettingsError, UnsupportedError
+from attnproc.model_facts import CLASSES, KNOWN_MODELS, ModelConfigs, ModelFacts, model_facts, read_configs
+from attnproc.pipelines.settings import EMBEDDED, EMBEDDED_PICTURES, CommonSettings, RunSettings
 
-# The model that ships with the package is tiny: its pictures are enlarged when written, so that they can be watched.
 EMBEDDED_DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0}
 EMBEDDED_FPS = 8
-EMBEDDED_SIDE = 256
+# The models that ship with the package are tiny: what they make is enlarged when written, so that it can be looked at.
+EMBEDDED_SIDES = {EMBEDDED: 256, EMBEDDED_PICTURES: 512}
 UNKNOWN_FPS = 16
 
 
@@ -42,8 +42,8 @@ class Source:
         return UNKNOWN_FPS if self.facts is None else self.facts.fps
 
     def upscale(self, height: int, width: int) -> int:
-        """How many pixels a side one pixel becomes when a video is written."""
-        return max(1, -(-EMBEDDED_SIDE // min(height, width))) if self.name == EMBEDDED else 1
+        """How many pixels a side one pixel becomes when a video or picture is written."""
+        return max(1, -(-EMBEDDED_SIDES.get(self.name, 0) // min(height, width)))
 
     def call_arguments(self, settings: RunSettings) -> dict[str, Any]:
         """Arguments of the pipeline's call but for generator, callback and output type.
@@ -81,28 +81,13 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """Looks up a model: the embedded one, a local folder, or a Hugging Face id.
+    """Looks up a text-to-video model: the embedded one, a local folder, or a Hugging Face id.
 
     Raises:
         SettingsError: there is no such model, or it is not a text-to-video pipeline.
         AttnProcError: the Hugging Face hub cannot be reached.
     """
-    import diffusers
-
-    location = embedded_location() if name == EMBEDDED else name
-    configs = read_configs(location)
-    if configs.pipeline_class is None:
-        what = "known to `attnproc estimate` only" if name in KNOWN_MODELS else "a bare model"
-        raise SettingsError(
-            f"model {name!r} is {what}; expected a pipeline. Give {EMBEDDED}, a folder with a model_index.json, or a "
-            "Hugging Face id such as 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'."
-        )
-    pipeline = getattr(diffusers, configs.pipeline_class, None)
-    if pipeline is None:
-        raise SettingsError(
-            f"model {name!r} is a {configs.pipeline_class}, which diffusers {diffusers.__version__} does not have; "
-            "expected one of its pipelines. Choose another model."
-        )
+    location, configs, pipeline = _find(name, "'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'")
     parameters = inspect.signature(pipeline.__call__).parameters
     if "num_frames" not in parameters or "prompt" not in parameters:
         raise SettingsError(
@@ -116,20 +101,59 @@ def find_source(name: str) -> Source:
             "prompt alone. Use it in Python with `pipe.attn_processor`."
         )
     facts = dataclasses.replace(model_facts(configs), name=name) if configs.denoiser_class in CLASSES else None
-    return Source(name, location, configs.pipeline_class, configs.denoiser_class, facts, parameters)
+    return Source(name, location, pipeline.__name__, configs.denoiser_class, facts, parameters)
 
 
-def embedded_location() -> str:
-    """Folder of the model that ships with the package."""
-    from attnproc.demos.shapes import shapes_video_path
+def find_picture_source(name: str, accepted: Sequence[str], method: str) -> Source:
+    """Looks up a model for a control method, which takes the `accepted` pipeline classes and their subclasses.
+
+    Raises:
+        SettingsError: there is no such model.
+        UnsupportedError: it is of another class.
+        AttnProcError: the Hugging Face hub cannot be reached.
+    """
+    location, configs, pipeline = _find(name, "'stabilityai/stable-diffusion-xl-base-1.0'")
+    if not {kind.__name__ for kind in pipeline.__mro__} & set(accepted):
+        raise UnsupportedError(
+            f"model {name!r} is a {pipeline.__name__}; {method} expects a {' or '.join(accepted)}. "
+            "Choose another model."
+        )
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return Source(name, location, pipeline.__name__, configs.denoiser_class, None, parameters)
+
+
+def _find(name: str, example: str) -> tuple[str, ModelConfigs, type]:
+    """Location, configurations and diffusers class of a pipeline."""
+    import diffusers
+
+    location = embedded_location(name) if name in EMBEDDED_SIDES else name
+    configs = read_configs(location)
+    if configs.pipeline_class is None:
+        what = "known to `attnproc estimate` only" if name in KNOWN_MODELS else "a bare model"
+        raise SettingsError(
+            f"model {name!r} is {what}; expected a pipeline. Give {' or '.join(EMBEDDED_SIDES)}, a folder with a "
+            f"model_index.json, or a Hugging Face id such as {example}."
+        )
+    pipeline = getattr(diffusers, configs.pipeline_class, None)
+    if pipeline is None:
+        raise SettingsError(
+            f"model {name!r} is a {configs.pipeline_class}, which diffusers {diffusers.__version__} does not have; "
+            "expected one of its pipelines. Choose another model."
+        )
+    return location, configs, pipeline
+
+
+def embedded_location(name: str = EMBEDDED) -> str:
+    """Folder of a model that ships with the package."""
+    from attnproc.demos import shapes
 
     try:
-        return str(shapes_video_path())
+        return str(shapes.shapes_video_path() if name == EMBEDDED else shapes.shapes_image_path())
     except FileNotFoundError as error:
         raise SettingsError(str(error)) from error
 
 
-def pick_device(settings: RunSettings) -> tuple[Any, Any]:
+def pick_device(settings: CommonSettings) -> tuple[Any, Any]:
     """The torch device and dtype of a run.
 
     Raises:

@@ -15,15 +15,59 @@ from attnproc.methods import method_class
 from attnproc.processor import AttnProcessor
 
 EMBEDDED = "shapes-video"
+EMBEDDED_PICTURES = "shapes-image"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class CommonSettings:
+    """What every command that runs a model can be asked; the names are those of the flags.
+
+    None stands for the model's own default, as far as the field allows it. `set` holds settings of the method.
+    """
+
+    model: str
+    set: Mapping[str, Any] = field(default_factory=dict)
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    output: str
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise SettingsError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+        for name, least in (("steps", 1), ("num_videos", 1), ("num_images", 1), ("seed", 0), ("guidance", 0)):
+            value = getattr(self, name, None)
+            if value is not None and not least <= value < 2**63:
+                raise SettingsError(f"{name}={value} is not possible; expected at least {least}. Give another number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(CommonSettings):
+    """Settings of `attnproc image`, `story` and `compose`; `num_images` is of `image` alone."""
+
+    model: str = EMBEDDED_PICTURES
+    output: str = "picture.png"
+    num_images: int = 1
+    report: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(CommonSettings):
     """Settings of `attnproc generate`; the names are those of its flags and of the keys of a YAML file.
 
-    None stands for the model's own default, as far as the field allows it. `set` holds settings of the method,
     `plan` is a calibration file of `attnproc calibrate`.
     """
 
@@ -33,38 +77,18 @@ class RunSettings:
     preset: str | None = None
     quality: str | None = None
     plan: str | None = None
-    set: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    negative_prompt: str | None = None
-    seed: int = 0
     num_videos: int = 1
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
     output: str = "video.mp4"
-    compare: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
+        super().__post_init__()
         if not self.prompt.strip():
             raise SettingsError(
                 "the prompt is empty; expected a description of the video. Write one, such as "
                 "'a red star moving right on a navy background'."
             )
-        for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise SettingsError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
-        for name, least in (("steps", 1), ("num_videos", 1), ("seed", 0), ("guidance", 0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
-                raise SettingsError(f"{name}={value} is not possible; expected at least {least}. Give another number.")
         if self.preset is not None and self.quality is not None:
             raise SettingsError(
                 f"preset={self.preset!r} and quality={self.quality!r} came together; expected one of them, as a preset "
@@ -74,7 +98,7 @@ class RunSettings:
     @classmethod
     def from_sources(cls, config: Path | None, flags: Mapping[str, Any]) -> Self:
         """Merges a YAML file and flags; a flag that is None was not given. `set` is merged key by key."""
-        data = {} if config is None else _read_yaml(config)
+        data = {} if config is None else read_yaml(config, "config")
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
@@ -133,7 +157,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
     return found
 
 
-def typed_settings(cls: type[AttnProcessor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def typed_settings(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turns texts into the types that the method's settings have; other values stay as they are."""
     hints = typing.get_type_hints(cls)
     return {
@@ -146,6 +170,10 @@ def _typed(key: str, text: str, hint: Any) -> Any:
     kinds = _kinds(hint)
     if text.lower() in ("none", "null") and types.NoneType in kinds | {None if hint is Any else hint}:
         return None
+    if any(typing.get_origin(kind) is Mapping for kind in kinds):
+        raise SettingsError(f"{key}={text!r} holds several values by name; expected it in Python. Leave it out here.")
+    if any(typing.get_args(kind)[:1] == (str,) and typing.get_origin(kind) is tuple for kind in kinds):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
         several = any(typing.get_origin(kind) is tuple for kind in kinds)
         if hint is Any or several:  # a number, or several: dense_steps=0.25,1
@@ -202,16 +230,21 @@ def _check_backend(name: str) -> None:
         )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; an empty file has none.
+
+    Raises:
+        SettingsError: the file cannot be read, is not YAML, or holds something else than keys and values.
+    """
     import yaml
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"config {path} cannot be read ({reason}); expected a YAML file. Correct it.") from error
+        raise SettingsError(f"{what} {path} cannot be read ({reason}); expected a YAML file. Correct it.") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise SettingsError(f"config {path} holds a {type(data).__name__}; expected keys and values. Correct it.")
+        raise SettingsError(f"{what} {path} holds a {type(data).__name__}; expected keys and values. Correct it.")
     return data

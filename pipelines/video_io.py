@@ -5,6 +5,7 @@ Videos are float arrays (frames, height, width, 3) with values from 0.0 to 1.0.
 
 import json
 import tempfile
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ ENDINGS = (".mp4", ".gif")
 CRF = 17
 
 
-def check_output(path: Path) -> None:
-    """Raises SettingsError if a video cannot be written to `path`. Writes nothing that stays.
+def check_output(path: Path, endings: Sequence[str] = ENDINGS) -> None:
+    """Raises SettingsError if a video (or picture) cannot be written to `path`. Writes nothing that stays.
 
     An existing file is going to be replaced; a folder of pictures must be new or empty.
     """
-    if path.suffix.lower() not in (*ENDINGS, ""):
+    if path.suffix.lower() not in (*endings, ""):
         raise SettingsError(
-            f"output {path} has the ending {path.suffix!r}; expected {', '.join(ENDINGS)}, or none for a folder of PNG "
+            f"output {path} has the ending {path.suffix!r}; expected {', '.join(endings)}, or none for a folder of PNG "
             "pictures. Choose another name."
         )
     if not path.parent.is_dir():

@@ -51,14 +51,15 @@ def processors_replaced(unet: nn.Module, replacements: dict[str, Any]) -> Iterat
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside the block; each flag is as before afterwards."""
-    wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+    wanted = [(module, name) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    for module, name in wanted:
+        module.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        # By name: offloading may have put another parameter in its place.
+        for module, name in wanted:
+            module.get_parameter(name).requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_the_embedded_model_needs_no_flags(out, wan_folder, monkeypatch):
     """Its folder is another one here, so that the test does not depend on trained weights."""
     from attnproc.pipelines import loading
 
-    monkeypatch.setattr(loading, "embedded_location", lambda: str(wan_folder))
+    monkeypatch.setattr(loading, "embedded_location", lambda *name: str(wan_folder))
     monkeypatch.chdir(out)
     result = run("generate", PROMPT, "--steps", 4)
     assert result.exit_code == 0, result.output
