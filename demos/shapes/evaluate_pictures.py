@@ -1,6 +1,7 @@
 """python -m attnproc.demos.shapes.evaluate_pictures: how often shapes-image draws what the caption says.
 
-Captions come from the combinations held out of training; the detector reads the pictures back.
+Captions come from the combinations held out of training; the detector reads the pictures back. Then rendered pictures
+are inverted to noise and drawn again from it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from PIL import Image
 
 from attnproc.files import write_text
 from attnproc.hardware import device_name
+from attnproc.pipelines.inversion import invert, reconstruct
 
 from . import shapes_image_path
 from .detect import detect
 from .evaluate import Case, score, summary
+from .render import render
 from .scene import caption, sample_scene
 from .training import pick_device
 
@@ -52,6 +55,26 @@ def draw(pipe: Any, cases: Sequence[Case], *, steps: int, guidance: float) -> np
     return (images * 255).round().astype(np.uint8)
 
 
+def inversion_psnr(pipe: Any, count: int, steps: int, seed: int = 0) -> dict[str, float]:
+    """PSNR in dB between held-out pictures and what the model draws from the noise that inverting them gives.
+
+    Empty prompt, no guidance, DPM-Solver++(2M); the autoencoder's error is part of it.
+    """
+    pictures = [render(case.scene, 128, 1)[0] for case in picture_cases(count, seed)]
+    found = invert(pipe, pictures, steps=steps)
+    drawn = reconstruct(pipe, found, output_type="np")
+    errors = [np.square(a - b / 255.0).mean() for a, b in zip(drawn, pictures, strict=True)]
+    values = -10 * np.log10(np.asarray(errors))
+    return {
+        "steps": steps,
+        "pictures": count,
+        "mean": round(float(values.mean()), 2),
+        "median": round(float(np.median(values)), 2),
+        "lowest": round(float(values.min()), 2),
+        "share from 25 dB on": round(float((values >= 25).mean()), 4),
+    }
+
+
 def sheet(pictures: Sequence[np.ndarray], columns: int = 6) -> Image.Image:
     """Pictures of one size in rows."""
     rows = [np.concatenate(list(pictures[k : k + columns]), 1) for k in range(0, len(pictures), columns)]
@@ -64,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inversions", type=int, default=30, help="pictures that are inverted and drawn again")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--model", type=Path, default=None, help="pipeline folder; the shipped one by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -96,6 +120,7 @@ def main() -> None:
         "one object": summary(scores[1], "pictures"),
         "two objects": summary(scores[2], "pictures"),
         "three objects": summary(scores[3], "pictures"),
+        "PSNR of inverting and drawing again": [inversion_psnr(pipe, args.inversions, steps) for steps in (20, 50)],
         "settings": {"cases": args.cases, "steps": args.steps, "guidance": args.guidance, "seed": args.seed},
         "training": json.loads(training.read_text()) if training.exists() else None,
         "hardware": device_name(device),

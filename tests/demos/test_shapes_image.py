@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from attnproc.demos.shapes import shapes_image_path
 from attnproc.demos.shapes.detect import detect
-from attnproc.demos.shapes.evaluate_pictures import draw, picture_cases, sheet
+from attnproc.demos.shapes.evaluate import score
+from attnproc.demos.shapes.evaluate_pictures import draw, inversion_psnr, picture_cases, sheet
 from attnproc.demos.shapes.latent_pool import PicturePool
 from attnproc.demos.shapes.picture_sizes import PICTURES, PictureSize
 from attnproc.demos.shapes.picture_text import TEXT_LENGTH, build_clip_text_encoder, build_clip_tokenizer
@@ -110,7 +112,7 @@ def test_the_loss_is_zero_for_the_true_velocity():
 
     loss = velocity_loss(oracle, scheduler, None, latents, torch.Generator().manual_seed(0))
     assert loss < 1e-6
-    assert 0 <= seen["timesteps"].min() and seen["timesteps"].max() < 1000
+    assert seen["timesteps"].min() >= 0 and seen["timesteps"].max() < 1000
 
 
 def test_training_sees_the_text_as_the_pipeline_gives_it():
@@ -159,3 +161,30 @@ def test_a_picture_depends_on_its_own_seed_alone(tmp_path, threads):
     alone = draw(pipe, cases[1:2], steps=2, guidance=2.0)
     assert together.shape == (3, 32, 32, 3) and np.abs(together[1].astype(int) - alone[0]).max() <= 1
     assert sheet(list(together), columns=2).size == (64, 32)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe = StableDiffusionPipeline.from_pretrained(shapes_image_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_shipped_pipeline_is_small_and_has_the_structure_of_stable_diffusion(shipped):
+    size = sum(path.stat().st_size for path in shapes_image_path().rglob("*") if path.is_file())
+    assert size <= 12_000_000
+    cross = {name.split(".attentions")[0] for name, _ in shipped.unet.named_modules() if name.endswith("attn2")}
+    assert cross == {"down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"}
+    assert shipped.tokenizer.model_max_length == TEXT_LENGTH
+
+
+def test_the_shipped_model_draws_what_captions_of_one_object_say(shipped):
+    cases = [case for case in picture_cases(18) if len(case.scene.objects) == 1]
+    pictures = draw(shipped, cases, steps=20, guidance=4.0)
+    right = [score(case.scene.looks, detect(picture)) for case, picture in zip(cases, pictures, strict=True)]
+    assert sum(r["shape"] for r in right) >= 5 and sum(r["color"] for r in right) >= 4
+
+
+def test_the_shipped_model_gives_pictures_back_after_inversion(shipped):
+    result = inversion_psnr(shipped, 6, 30)
+    assert result["mean"] >= 25 and result["pictures"] == 6
