@@ -8,7 +8,7 @@ the whole scene gives the picture that a perfect composition would make. Compare
 - autoencoder: the paste encoded and decoded, what any latent model can reach at best outside the box.
 - inpainting: `StableDiffusionInpaintPipeline` in the box of the background: the object comes from the prompt alone.
 - paste, inpainting S: the same on the paste at a fixed strength S, which keeps some of it (SDEdit inside the box).
-- PrimeComposer.
+- PrimeComposer, in the same domain (the paste is inverted) and across domains (the background is).
 """
 
 import argparse
@@ -47,8 +47,13 @@ UNIT = PIXELS / WORLD  # pixels of a world unit
 CELL = 4  # pixels of a latent cell: what a method draws anew is whole cells
 RIM = 3  # pixels that the loose mask goes beyond the silhouette, in the object's picture
 STEPS = 20
-# The longest paste and the lowest guidance of the published settings: the best of those tried on shapes-image.
-SETTINGS, GUIDANCE = PrimeComposerSettings.from_preset("photo", tau_c=0.3), 2.0
+# The longest paste and the lowest guidance of the published settings: the best of those tried on shapes-image, on
+# other cases (--seed 7).
+COMPOSERS = {
+    "same": PrimeComposerSettings.from_preset("photo", tau_c=0.3),
+    "cross": PrimeComposerSettings.from_preset("cartoon"),
+}
+GUIDANCE = 2.0
 INPAINTING_GUIDANCE = 4.0  # from the prompt alone, as shapes-image is usually run
 # Of inpainting on the paste, at PrimeComposer's guidance. 0.8, diffusers' default, evaluates the model as often as
 # PrimeComposer does after it set the object to its reference for the last time; 0.6 keeps more of the paste.
@@ -145,7 +150,7 @@ def methods(pipe: Any) -> dict[str, Callable[[Case], Image.Image]]:
     def on_paste(strength: float, case: Case) -> Image.Image:
         return inpaint(case, paste(case), strength, GUIDANCE)
 
-    def compose(case: Case) -> Image.Image:
+    def compose(domain: str, case: Case) -> Image.Image:
         return composer(
             case.prompt,
             background=case.background,
@@ -153,7 +158,8 @@ def methods(pipe: Any) -> dict[str, Callable[[Case], Image.Image]]:
             object_mask=case.object_mask,
             target=case.target,
             subject=case.subject,
-            settings=SETTINGS,
+            domain=domain,
+            settings=COMPOSERS[domain],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(case.seed),
@@ -169,7 +175,7 @@ def methods(pipe: Any) -> dict[str, Callable[[Case], Image.Image]]:
         "autoencoder": coded,
         "inpainting": lambda case: inpaint(case, case.background, 1.0, INPAINTING_GUIDANCE),
         **{f"paste, inpainting {strength}": partial(on_paste, strength) for strength in STRENGTHS},
-        "PrimeComposer": compose,
+        **{f"PrimeComposer, {domain} domain": partial(compose, domain) for domain in COMPOSERS},
     }
 
 
@@ -318,7 +324,7 @@ def main() -> None:
             "guidance": GUIDANCE,
             "guidance of inpainting from the prompt alone": INPAINTING_GUIDANCE,
             "strengths of inpainting on the paste": STRENGTHS,
-            "PrimeComposer": asdict(SETTINGS),
+            "PrimeComposer": {domain: asdict(settings) for domain, settings in COMPOSERS.items()},
         },
         "hardware": device_name(args.device),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},

@@ -237,7 +237,8 @@ class _Run:
     def _begin(self, latents: Tensor, tokens: int) -> None:
         """Finds the layers and places the regions, now that the size is known."""
         height, width = latents.shape[-2:]
-        self.grid = self.settings.attention_resolution or (-(-height // 4), -(-width // 4))
+        rows, columns = self.settings.attention_resolution or (-(-height // 4), -(-width // 4))
+        self.grid = rows, columns
         self.layers = layers_at(self.unet, height, width, self.grid)
         with processors_replaced(self.unet, dict.fromkeys(self.layers)):
             pass  # refuses, before any denoising, layers with a processor that is not diffusers' own
@@ -324,6 +325,11 @@ def _checked_indices(concepts: Any, tokens: int) -> list[Concept]:
 
 def _regions(concepts: Sequence[Words], layout: Layout | None) -> list[Region | None]:
     """The region of each concept of a prompt."""
+    if layout is not None and not isinstance(layout, Mapping):
+        raise SettingsError(
+            f"layout_masks of a prompt is a {type(layout).__name__}; expected a dictionary of regions by "
+            'concept, or None. Pass it as {"star": (0, 0, 64, 64)}.'
+        )
     names = [concept if isinstance(concept, str) else tuple(concept) for concept in concepts]
     for name in layout or {}:
         if names.count(name) != 1:

@@ -46,6 +46,8 @@ class IRSettings:
             each.
         keep_aspect: resize without changing the aspect ratio, in the middle of the place (an experiment).
         lam: how far the subject's tokens take the text of their portrait in place of the scene's, 0.0 to 1.0.
+        text_steps: the part of the run in which they do. Where regions come from rehearsals, starting later keeps the
+            layout of the rehearsal (this project's; all of the run in the released code).
         query_dropout: chance that a subject's token does not look at the portrait in a step, 0.0 to below 1.0. More
             keeps poses varied.
         ref_bias: added to the logits of portrait keys.
@@ -67,6 +69,7 @@ class IRSettings:
     reposition: bool = True
     keep_aspect: bool = False
     lam: float = 0.9
+    text_steps: tuple[float, float] = (0.0, 1.0)
     query_dropout: float = 0.5
     ref_bias: float = 0.0
     ref_bottom_crop: float = 0.0
@@ -78,7 +81,7 @@ class IRSettings:
         _check_range("query_dropout", self.query_dropout, 0.0, 1.0, below=True)
         _check_range("ref_bottom_crop", self.ref_bottom_crop, 0.0, 1.0, below=True)
         _check_range("ref_bias", self.ref_bias, -1e4, 1e4)
-        for name in ("extended_steps", "isolation_steps"):
+        for name in ("extended_steps", "isolation_steps", "text_steps"):
             part = getattr(self, name)
             if not isinstance(part, Sequence) or len(part) != 2:
                 raise SettingsError(f"{name}={part!r} must be two fractions of the steps, such as (0.0, 0.6).")

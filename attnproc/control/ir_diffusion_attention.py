@@ -153,7 +153,7 @@ class IRRun:
         self.subjects = len(self.scenes[0].references) if self.scenes else 0
         self.images = self.subjects + len(self.scenes)
         self._timestep: float | None = None
-        self._steps = 0
+        self._steps = 1
         self._layouts: dict[tuple[int, Grid], Layout] = {}
         self._readers: dict[tuple[int, Grid], Tensor] = {}
         self._groups: dict[tuple[int, Grid, bool, bool], list[Group]] = {}
@@ -302,7 +302,7 @@ class IRRun:
         if self._same_negative:  # nothing to blend in the unconditional half
             out, query, key, value = (states[1:] for states in (out, query, key, value))
             mask = None if mask is None else mask[1:]
-        lam = self.settings.lam
+        lam = self.settings.lam if self._now(self.settings.text_steps) else 0.0
         for number in range(len(self.scenes)) if lam > 0 else ():
             scene = self.subjects + number
             for subject, tokens in enumerate(self._tokens_of_subjects(number, grid, query.device)):

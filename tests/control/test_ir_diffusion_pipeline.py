@@ -116,10 +116,13 @@ def test_each_part_alone_changes_the_scene(make_pipe, settings):
     assert not np.allclose(tell(pipe, settings=settings).image, plain(pipe, PROMPTS)[2], atol=1e-5)
 
 
-def test_steps_limit_isolation_and_extension(make_pipe):
+def test_steps_limit_isolation_extension_and_text(make_pipe):
     pipe = make_pipe("sd1")
     limited = IRSettings(experimental=True, lam=0.0, extended_steps=(0.5, 1.0), isolation_steps=(0.0, 0.5))
     late = IRSettings(experimental=True, lam=0.0, extended_steps=(0.75, 1.0), isolation_steps=(0.75, 1.0))
+    told_late = IRSettings(
+        experimental=True, extended_steps=(0.0, 0.0), isolation_steps=(0.0, 0.0), text_steps=(0.75, 1.0)
+    )
 
     def states(settings):
         kept = []
@@ -135,6 +138,9 @@ def test_steps_limit_isolation_and_extension(make_pipe):
     assert not torch.allclose(off[0], split[0], atol=1e-6)
     torch.testing.assert_close(off[2], end[2], atol=1e-6, rtol=0)
     assert not torch.allclose(off[3], end[3], atol=1e-6)
+    told = states(told_late)
+    torch.testing.assert_close(off[2], told[2], atol=1e-6, rtol=0)
+    assert not torch.allclose(off[3], told[3], atol=1e-6)
 
 
 def test_layers_limit_isolation(make_pipe):
@@ -197,6 +203,7 @@ def test_portrait_text_is_blended_with_lam_inside_the_subject_alone(make_pipe):
     mask = torch.zeros(128, 128, dtype=torch.bool)
     mask[:64] = True
     run = run_of(pipe, rules, [SceneMasks((mask,), (mask,))], KNOWN)
+    run.watch(pipe.unet, (torch.zeros(2, 4, 16, 16), torch.tensor(501)), {})
     name = next(iter(attention_layers(pipe.unet, "attn2")))
     query, key = torch.zeros(2, 1, 256, 4), torch.zeros(2, 1, 3, 4)
     value = torch.stack([torch.full((1, 3, 4), 10.0), torch.full((1, 3, 4), 1.0)])
