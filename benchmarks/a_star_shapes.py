@@ -12,7 +12,7 @@ import random
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from rich.table import Table
 from attnproc.control.a_star import AStarSettings
 from attnproc.demos.shapes import shapes_image_path
 from attnproc.demos.shapes.detect import agreement, detect, match
-from attnproc.demos.shapes.scene import Look, Scene, caption, sample_scene
+from attnproc.demos.shapes.evaluate import Case
+from attnproc.demos.shapes.scene import Look, caption, sample_scene
 from attnproc.files import write_text
 from attnproc.pipelines.a_star import AStarPipeline
 from benchmarks import machine
@@ -39,15 +40,6 @@ BASELINE = AStarSettings(objective="attend_and_excite", **SHARED)
 METHOD = AStarSettings(**SHARED)
 CONCEPT = "colored"
 SCORES = ("objects", "color", "color and shape", "everything")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A held-out scene, its caption, and the seed of its noise."""
-
-    scene: Scene
-    prompt: str
-    seed: int
 
 
 def held_out_cases(count: int, seed: int = 0) -> list[Case]:
