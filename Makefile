@@ -32,7 +32,7 @@ types: $(VENV)/.test
 	$(RUN) -m mypy
 
 tests: $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto
 
 bench: $(VENV)/.test
 	$(RUN) -m benchmarks.attention

@@ -1,7 +1,8 @@
 """How often A-STAR makes shapes-image draw every object of a caption: `python -m benchmarks.a_star_shapes`.
 
 Captions of two and three objects from the combinations held out of training, at fixed seeds; the detector reads the
-pictures back. The plain pipeline, the Attend-and-Excite objective and A-STAR start from the same noise.
+pictures back. The plain pipeline, the Attend-and-Excite objective and A-STAR start from the same noise. Once more
+A-STAR is told a box for each object, which the captions do not say.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from rich.table import Table
 
 from attnproc.control.a_star import AStarSettings
 from attnproc.demos.shapes import shapes_image_path
-from attnproc.demos.shapes.detect import agreement, detect, match
+from attnproc.demos.shapes.detect import Detection, agreement, detect, match
 from attnproc.demos.shapes.evaluate import Case
-from attnproc.demos.shapes.scene import Look, caption, sample_scene
+from attnproc.demos.shapes.scene import REACH, WORLD, Look, Object, Scene, caption, sample_scene
 from attnproc.files import write_text
 from attnproc.pipelines.a_star import AStarPipeline
 from benchmarks import machine
@@ -39,7 +40,7 @@ SHARED: dict[str, Any] = {"scale_factor": 20.0, "update_window": (0.0, 0.5), "at
 BASELINE = AStarSettings(objective="attend_and_excite", **SHARED)
 METHOD = AStarSettings(**SHARED)
 CONCEPT = "colored"
-SCORES = ("objects", "color", "color and shape", "everything")
+SCORES = ("objects", "color", "color and shape", "everything", "in place")
 
 
 def held_out_cases(count: int, seed: int = 0) -> list[Case]:
@@ -60,17 +61,44 @@ def concept(look: Look, kind: str) -> str:
     return f"{colors} {look.shape}" if kind == "colored" else f"{look.texture} {colors} {look.shape}"
 
 
-def score(looks: Sequence[Look], picture: np.ndarray) -> dict[str, float]:
-    """Share of objects with the right colours; 1.0 if all have; and shape; and texture, with no object too many."""
-    found = detect(picture)
+def box(item: Object) -> tuple[float, float, float, float]:
+    """The box (x0, y0, x1, y1) around an object, in fractions of the picture."""
+    reach = REACH[item.look.shape] * item.radius
+    corners = (item.x - reach, item.y - reach, item.x + reach, item.y + reach)
+    x0, y0, x1, y1 = (min(1.0, max(0.0, corner / WORLD)) for corner in corners)
+    return x0, y0, x1, y1
+
+
+def score(scene: Scene, picture: np.ndarray) -> dict[str, float]:
+    """Share of objects with the right colours; 1.0 if all have; and shape; and texture, with no object too many.
+
+    At last the share of objects for which something of their colours has its centre in their box.
+    """
+    looks, found = [item.look for item in scene.objects], detect(picture)
     right = [agreement(look, item) for look, item in zip(looks, match(looks, found), strict=True)]
     objects = sum(item["color"] for item in right) / len(right)
     shape = all(item["color"] and item["shape"] for item in right)
     everything = shape and all(item["texture"] for item in right) and len(found) == len(looks)
-    return dict(zip(SCORES, map(float, (objects, objects == 1.0, shape, everything)), strict=True))
+    placed = [
+        any(agreement(item.look, one)["color"] and _inside(box(item), one) for one in found) for item in scene.objects
+    ]
+    return dict(zip(SCORES, map(float, (objects, objects == 1.0, shape, everything, np.mean(placed))), strict=True))
 
 
-def generate(pipe: Any, cases: Sequence[Case], settings: AStarSettings | None, kind: str) -> np.ndarray:
+def _inside(corners: tuple[float, float, float, float], found: Detection) -> bool:
+    (x, y), (x0, y0, x1, y1) = found.position, corners
+    return x0 <= x / WORLD <= x1 and y0 <= y / WORLD <= y1
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures are made: by A-STAR with these settings, or None for the plain pipeline; and with boxes or not."""
+
+    settings: AStarSettings | None = None
+    boxes: bool = False
+
+
+def generate(pipe: Any, cases: Sequence[Case], way: Way, kind: str) -> np.ndarray:
     """Pictures uint8 (cases, height, width, 3); each depends on its own seed alone."""
     arguments: dict[str, Any] = {
         "prompt": [case.prompt for case in cases],
@@ -78,25 +106,33 @@ def generate(pipe: Any, cases: Sequence[Case], settings: AStarSettings | None, k
         "output_type": "np",
         **RUN,
     }
-    if settings is None:
+    if way.settings is None:
         images = pipe(**arguments).images
     else:
         concepts = [[concept(look, kind) for look in case.scene.looks] for case in cases]
-        images = AStarPipeline(pipe)(concepts=concepts, settings=settings, **arguments).images
+        layouts = [
+            dict(zip(named, map(box, case.scene.objects), strict=True)) if way.boxes else None
+            for named, case in zip(concepts, cases, strict=True)
+        ]
+        images = AStarPipeline(pipe)(concepts=concepts, layout_masks=layouts, settings=way.settings, **arguments).images
     return (np.asarray(images) * 255).round().astype(np.uint8)
 
 
 def run(
-    pipe: Any, cases: Sequence[Case], settings: AStarSettings | None, kind: str, batch: int
+    pipe: Any, cases: Sequence[Case], way: Way, kind: str, batch: int
 ) -> tuple[dict[str, Any], list[dict[str, float]], list[np.ndarray]]:
     """A row of the result, the scores of each picture, and the pictures."""
     pictures: list[np.ndarray] = []
     began = time.perf_counter()
     for first in range(0, len(cases), batch):
-        pictures += list(generate(pipe, cases[first : first + batch], settings, kind))
+        pictures += list(generate(pipe, cases[first : first + batch], way, kind))
     seconds = time.perf_counter() - began
-    scores = [score(case.scene.looks, picture) for case, picture in zip(cases, pictures, strict=True)]
-    row: dict[str, Any] = {"settings": None if settings is None else asdict(settings), "seconds": round(seconds, 1)}
+    scores = [score(case.scene, picture) for case, picture in zip(cases, pictures, strict=True)]
+    row: dict[str, Any] = {
+        "settings": None if way.settings is None else asdict(way.settings),
+        "boxes": way.boxes,
+        "seconds": round(seconds, 1),
+    }
     for count in (2, 3):
         row[f"{count} objects"] = mean([s for s, c in zip(scores, cases, strict=True) if len(c.scene.objects) == count])
     row["all"] = mean(scores)
@@ -153,6 +189,7 @@ def main() -> None:
     parser.add_argument("--concept", choices=("shape", "colored", "phrase"), default=CONCEPT)
     parser.add_argument("--excite", type=json.loads, default={}, help="JSON: other settings of the baseline")
     parser.add_argument("--a-star", type=json.loads, default={}, help="JSON: other settings of A-STAR")
+    parser.add_argument("--boxes", type=json.loads, default={}, help="JSON: other settings of A-STAR with boxes")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file of the result")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG file of the first pictures")
     args = parser.parse_args()
@@ -161,16 +198,17 @@ def main() -> None:
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     cases = held_out_cases(args.cases, args.seed)
-    ways: dict[str, AStarSettings | None] = {
-        "plain": None,
-        "Attend-and-Excite": replace(BASELINE, **args.excite),
-        "A-STAR": replace(METHOD, **args.a_star),
+    ways = {
+        "plain": Way(),
+        "Attend-and-Excite": Way(replace(BASELINE, **args.excite)),
+        "A-STAR": Way(replace(METHOD, **args.a_star)),
+        "A-STAR, boxes": Way(replace(METHOD, **args.boxes), boxes=True),
     }
     rows: dict[str, dict[str, Any]] = {}
     scores: dict[str, list[dict[str, float]]] = {}
     pictures: dict[str, list[np.ndarray]] = {}
-    for name, settings in ways.items():
-        rows[name], scores[name], pictures[name] = run(pipe, cases, settings, args.concept, args.batch)
+    for name, way in ways.items():
+        rows[name], scores[name], pictures[name] = run(pipe, cases, way, args.concept, args.batch)
         rows[name]["against plain"] = against(scores["plain"], scores[name])
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
     training = folder / "training.json"

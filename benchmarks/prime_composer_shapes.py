@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import json
 import random
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -274,11 +275,11 @@ def table(rows: dict[str, dict[str, float]], cases: int) -> Table:
 def sheet(cases: Sequence[Case], pictures: dict[str, list[Image.Image]]) -> Image.Image:
     """One row per case: background, object, then every method."""
     names = ["background", "object", *pictures]
-    side, line = PIXELS + 4, 16
+    side, line = PIXELS + 4, 28
     result = Image.new("RGB", (len(names) * side + 4, line + len(cases) * side + 4), "white")
     draw = ImageDraw.Draw(result)
     for column, name in enumerate(names):
-        draw.text((4 + column * side, 2), name, fill="black")
+        draw.text((4 + column * side, 2), textwrap.fill(name, 20), fill="black", spacing=1)
     for row, case in enumerate(cases):
         shown = [case.background, case.object_image, *(drawn[row] for drawn in pictures.values())]
         for column, picture in enumerate(shown):

@@ -328,16 +328,15 @@ def estimate(
         import dataclasses
 
         import attnproc
-        from attnproc.pipelines.loading import EMBEDDED_DEFAULTS, embedded_location
+        from attnproc.pipelines.loading import EMBEDDED_DEFAULTS, EMBEDDED_SIDES, embedded_location
         from attnproc.pipelines.settings import EMBEDDED, RunSettings, parse_assignments
 
         flags = {"model": model, "attention": attention, "preset": preset, "quality": quality, "plan": plan}
         flags["set"] = parse_assignments(set_) if set_ else None
         processor = RunSettings.from_sources(None, {**flags, "prompt": "none is needed"}).processor()
         size = {"height": height, "width": width, "num_frames": frames, "steps": steps}
-        target = model
+        target = embedded_location(model) if model in EMBEDDED_SIDES else model
         if model == EMBEDDED:
-            target = embedded_location()
             own = {**EMBEDDED_DEFAULTS, "steps": EMBEDDED_DEFAULTS["num_inference_steps"]}
             size = {key: own[key] if value is None else value for key, value in size.items()}
         found = attnproc.estimate(target, processor=processor, batch=batch, **size)

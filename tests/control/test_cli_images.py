@@ -246,7 +246,8 @@ def test_steps_guidance_and_settings_that_suit_shapes_image_are_its_own(model, o
     assert picture_job.prepare("compose", PictureSettings(), {}).options == PrimeComposerSettings(tau_c=0.3)
     told = PictureSettings(set={"lam": "0.5"}), PictureSettings(set={"experimental": "false"})
     options = [picture_job.prepare("story", settings, {}).options for settings in told]
-    assert options == [IRSettings(lam=0.5, experimental=True), IRSettings(experimental=False)]
+    late = {"text_steps": (0.2, 1.0)}
+    assert options == [IRSettings(lam=0.5, experimental=True, **late), IRSettings(experimental=False, **late)]
 
 
 # -- story -------------------------------------------------------------------------------------------------------------

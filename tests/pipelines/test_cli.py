@@ -478,6 +478,7 @@ def test_estimate_of_a_pipeline_and_of_a_hub_id(wan_folder, monkeypatch):
     ("arguments", "message"),
     [
         (["wan2.1-14"], "Did you mean 'wan2.1-14b'"),
+        (["shapes-image"], "is a UNet2DConditionModel, of which no sizes are known"),
         (["wan2.1-14b", "--height", 7], "multiple of 16"),
         (["wan2.1-14b", "--attention", "spars"], "method 'spars' is not known"),
         (["wan2.1-14b", "--batch", 0], "batch=0"),
