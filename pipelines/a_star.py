@@ -17,7 +17,7 @@ from attnproc.control.a_star import AStarSettings
 from attnproc.control.a_star_controller import AStarController, AStarStep, Concept
 from attnproc.control.attention_maps import captured_maps, layers_at, listening
 from attnproc.control.masks import Region, region_mask, token_mask
-from attnproc.control.unet import frozen, processors_replaced
+from attnproc.control.unet import Parameters, frozen, processors_replaced, require_gradients, trainable
 from attnproc.errors import AttnProcWarning, SettingsError, UnsupportedError
 from attnproc.pipelines.wrapping import ControlPipeline
 
@@ -80,15 +80,24 @@ class AStarPipeline(ControlPipeline):
             arguments: everything else that the diffusers pipeline takes.
 
         Raises:
-            SettingsError: a concept is not in the prompt or appears twice; the prompt has more tokens than the text
-                encoder takes; a region is empty, covers everything or leaves the picture; no layer has the resolution;
-                the scheduler calls the model more than once per step. Before any denoising.
+            SettingsError: a concept is not in the prompt or appears twice; a prompt has more tokens than the text
+                encoder takes; a region is empty, covers everything, leaves the picture or shares a place of the maps
+                with another; no layer has the resolution; the scheduler calls the model more than once per step.
+                Before any denoising.
             UnsupportedError: the U-Net has attention processors of others, or the call is in `torch.inference_mode`.
         """
         settings = settings or AStarSettings()
         _check_pipeline(self.pipe, arguments)
+        _check_count(num_images_per_prompt)
         single = isinstance(prompt, str)
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is not None and not prompts:
+            raise SettingsError("prompt is an empty list; expected at least one prompt. Write one.")
+        negative = arguments.get("negative_prompt")
+        for text in [negative] if isinstance(negative, str) else negative or []:
+            words.check_length(self._tokenizer, self._converted(text), "negative_prompt")
+        sides = arguments.get("height"), arguments.get("width")
+        arguments["height"], arguments["width"] = self.size(*sides)
         count = _embedded(arguments) if prompts is None else len(prompts)
         each = _one_for_each(count, "concepts", [concepts] if single else concepts)
         layouts = _one_for_each(count, "layout_masks", [layout_masks] if single else layout_masks or [None] * count)
@@ -116,14 +125,6 @@ class AStarPipeline(ControlPipeline):
             output = self.pipe(prompt, num_images_per_prompt=num_images_per_prompt, return_dict=True, **arguments)
         log = [] if run.controller is None else run.controller.log
         return AStarOutput(output.images, log, getattr(output, "nsfw_content_detected", None))
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self.pipe.tokenizer if self.pipe.tokenizer is not None else self.pipe.tokenizer_2
-
-    def _converted(self, text: str) -> str:
-        """With the words of textual inversion written as their tokens."""
-        return self.pipe.maybe_convert_prompt(text, self._tokenizer)
 
     def _found(self, prompt: str, concepts: Sequence[Words]) -> list[Concept]:
         """Token indices of one prompt's concepts."""
@@ -161,6 +162,7 @@ class _Run:
         self.controller: AStarController | None = None
         self.step = 0
         self.latents: Tensor | None = None
+        self.trainable: Parameters = ()
         self.listening = ExitStack()
 
     @contextmanager
@@ -175,6 +177,9 @@ class _Run:
             return self.latents
 
         with ExitStack() as hooks, self.listening:
+            # Once more around the whole call: an interrupt may come while the flags are set back.
+            self.trainable = trainable(self.unet)
+            hooks.callback(require_gradients, self.trainable, True)
             hooks.callback(pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True).remove)
             hooks.callback(pipe.unet.register_forward_hook(self._after_unet).remove)
             vars(pipe)["prepare_latents"] = prepare_latents
@@ -220,7 +225,7 @@ class _Run:
             return captured_maps(self.unet, self.layers, self.grid, scaled, timestep, conditional)
 
         # Around the extra passes alone: kernels may choose by it, and the ordinary pass shall stay the same to the bit.
-        with frozen(self.unet):
+        with frozen(self.trainable):
             updated = self.controller.update(latents, self.step, steps, attend, float(timestep))
         latents.copy_(updated)
         if self.settings.mask_source == "denoise":
@@ -246,6 +251,8 @@ class _Run:
         layout = [
             [None if region is None else _placed(region, *pixels, self.grid) for region in its] for its in self.regions
         ]
+        for its in layout:
+            _check_apart(its)
         self.controller = AStarController(
             self.concepts, self.settings, self.grid, tokens, latents.device, self.ends, layout
         )
@@ -277,6 +284,13 @@ def _check_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> None:
         raise SettingsError(
             "prompt_2 came beside concepts; expected one prompt for both text encoders, so that a token index "
             "means one word. Leave it out."
+        )
+
+
+def _check_count(num_images_per_prompt: Any) -> None:
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise SettingsError(
+            f"num_images_per_prompt={num_images_per_prompt!r}; expected a whole number of at least 1. Change it."
         )
 
 
@@ -352,6 +366,17 @@ def _placed(region: Region, height: int, width: int, grid: tuple[int, int]) -> T
             "be. Leave it out, or make it smaller."
         )
     return mask
+
+
+def _check_apart(layout: Sequence[Tensor | None]) -> None:
+    """Two concepts cannot both be held in one place while their maps are parted."""
+    masks = [mask for mask in layout if mask is not None]
+    shared = int((torch.stack(masks).sum(0) > 1).sum()) if masks else 0
+    if shared:
+        raise SettingsError(
+            f"layout masks overlap in {shared} of {masks[0].numel()} places of the attention maps; expected them apart "
+            "from each other, as A-STAR parts the concepts. Draw them so."
+        )
 
 
 def _warn_of_single_concepts(found: Any, regions: Any, settings: AStarSettings) -> None:

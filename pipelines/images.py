@@ -15,7 +15,17 @@ from attnproc.control.prime_composer import PrimeComposerSettings, steps_of
 from attnproc.errors import SettingsError
 from attnproc.pipelines.inversion import ORDERS
 from attnproc.pipelines.picture_input import Story, parse_box, parse_layout, read_picture, read_region
-from attnproc.pipelines.picture_job import Made, call, check_free, load_pipelines, prepare, save, to_picture, write
+from attnproc.pipelines.picture_job import (
+    Made,
+    call,
+    check_free,
+    fill_size,
+    load_pipelines,
+    prepare,
+    save,
+    to_picture,
+    write,
+)
 from attnproc.pipelines.prime_composer import DOMAINS
 from attnproc.pipelines.settings import PictureSettings
 
@@ -40,6 +50,7 @@ def make_images(
     request = {"prompt": prompt, "concepts": words, "layout": list(layout)}
     job = prepare("image", settings, request, count=settings.num_images)
     pipe, controlled, load_seconds = load_pipelines(job, messages)
+    fill_size(job, controlled)
     draw = functools.partial(controlled, prompt, concepts=words, layout_masks=regions or None, settings=job.options)
     for number, path in enumerate(job.outputs):
         seed = settings.seed + number
@@ -66,6 +77,7 @@ def make_story(flags: Mapping[str, Any], story: Story, console: Console, message
     portrait_paths = [job.outputs[0].with_name(f"{base}portrait-{n + 1}.png") for n in range(len(story.subjects))]
     check_free(*portrait_paths)
     pipe, controlled, load_seconds = load_pipelines(job, messages)
+    fill_size(job, controlled)
     draw = functools.partial(controlled.story, story.subjects, story.scenes, settings=job.options)
     made = call(job, "IR-Diffusion", settings.seed, pipe, draw)
     portraits = [to_picture(image, job) for image in made.output[0].references]

@@ -153,6 +153,13 @@ def load_pipelines(job: PictureJob, messages: Console) -> tuple[Any, Any, float]
     return pipe, job.method.pipeline(pipe), time.perf_counter() - began
 
 
+def fill_size(job: PictureJob, controlled: ControlPipeline) -> None:
+    """Where one side alone was asked for, the other is the model's: a plain pipeline would take its own for both."""
+    sides = job.arguments.get("height"), job.arguments.get("width")
+    if sides != (None, None):
+        job.arguments["height"], job.arguments["width"] = controlled.size(*sides)
+
+
 def call(job: PictureJob, title: str, seed: int, pipe: Any, make: Callable[..., Any]) -> Made:
     """Calls `make`, which runs `pipe`, with the job's arguments, a generator, and diffusers' bar under this title.
 

@@ -39,6 +39,21 @@ class ControlPipeline:
         self.pipe.to(*arguments, **keywords)
         return self
 
+    @property
+    def _tokenizer(self) -> Any:
+        return self.pipe.tokenizer if self.pipe.tokenizer is not None else self.pipe.tokenizer_2
+
+    def _converted(self, text: str) -> str:
+        """A prompt as it is encoded: words of textual inversion as their tokens."""
+        return self.pipe.maybe_convert_prompt(text, self._tokenizer)
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, the model's own where None. diffusers takes its own for both if one is None."""
+        own = self.pipe.unet.config.sample_size
+        rows, columns = (own, own) if isinstance(own, int) else own
+        scale = self.pipe.vae_scale_factor
+        return rows * scale if height is None else height, columns * scale if width is None else width
+
     def __getattr__(self, name: str) -> Any:
         if name == "pipe":  # not set yet: while copying or unpickling
             raise AttributeError(name)

@@ -35,8 +35,9 @@ def processors_replaced(unet: nn.Module, replacements: dict[str, Any]) -> Iterat
     for name, processor in before.items():
         if type(processor) not in STOCK:
             raise UnsupportedError(
-                f"{name} has a {type(processor).__name__}; expected diffusers' own attention processor. Take off what "
-                "put it there (`pipe.attn_processor = None`, `pipe.unload_ip_adapter()`), then call again."
+                f"{name} has a {type(processor).__name__}; expected diffusers' plain attention processor. Take off "
+                "what put it there (`pipe.attn_processor = None`, `pipe.unload_ip_adapter()`, "
+                "`pipe.disable_attention_slicing()`), then call again."
             )
     try:
         for name, module in modules.items():
@@ -48,18 +49,34 @@ def processors_replaced(unet: nn.Module, replacements: dict[str, Any]) -> Iterat
             module.processor = before[name]
 
 
+# Parameters by their owner and the name there: offloading may put another parameter in the same place.
+Parameters = Sequence[tuple[nn.Module, str]]
+
+
+def trainable(model: nn.Module) -> Parameters:
+    """The parameters that ask for a gradient."""
+    return [
+        (owner, name)
+        for owner in model.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def require_gradients(parameters: Parameters, flag: bool) -> None:
+    """Sets `requires_grad` of each."""
+    for owner, name in parameters:
+        owner._parameters[name].requires_grad_(flag)  # type: ignore[union-attr]
+
+
 @contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block; each flag is as before afterwards."""
-    wanted = [(module, name) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-    for module, name in wanted:
-        module.get_parameter(name).requires_grad_(False)
+def frozen(parameters: Parameters) -> Iterator[None]:
+    """The `trainable` parameters of a model ask for no gradient inside the block, and do so again after it."""
     try:
+        require_gradients(parameters, False)
         yield
     finally:
-        # By name: offloading may have put another parameter in its place.
-        for module, name in wanted:
-            module.get_parameter(name).requires_grad_(True)
+        require_gradients(parameters, True)
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,11 @@ def test_any_size_that_the_pipeline_makes(make_pipe, version, size):
     assert got.isfinite().all() and not torch.equal(got, call(pipe, **shape))
 
 
+def test_one_side_alone_leaves_the_other_at_the_models_own(sd):
+    assert call(sd, concepts=CONCEPTS, height=64).shape[-2:] == (8, 16)
+    assert call(sd, concepts=CONCEPTS, width=192).shape[-2:] == (16, 24)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_without_guidance_and_with_one_step(sd, guidance, steps):
@@ -400,6 +405,7 @@ def test_layouts_of_a_batch_and_maps_of_an_odd_size(sd):
         ({"star": np.ones((1, 128, 128))}, "two dimensions"),
         ({"star": np.ones((128, 64))}, "aspect ratio"),
         ([{"star": (0, 0, 64, 64)}, None], "is a list; expected a dictionary of regions"),
+        ({"star": (0, 0, 64, 64), "red circle": (40, 40, 128, 128)}, "overlap in 1 of 16 places"),
     ],
     ids=str,
 )
@@ -461,6 +467,13 @@ def test_other_impossible_calls_are_refused(sd, make_pipe):
         pipe([PROMPT, PROMPT], concepts=CONCEPTS[:1])
     with pytest.raises(SettingsError, match="has 42 tokens"):
         pipe("red " * 40, concepts=[[2], [3]])
+    for negative in ("red " * 40, ["red " * 40]):
+        with pytest.raises(SettingsError, match=r"negative_prompt.* has 42 tokens"):
+            pipe(PROMPT, concepts=CONCEPTS, negative_prompt=negative)
+    with pytest.raises(SettingsError, match="prompt is an empty list"):
+        pipe([], concepts=[])
+    with pytest.raises(SettingsError, match="num_images_per_prompt=0"):
+        pipe(PROMPT, concepts=CONCEPTS, num_images_per_prompt=0)
     with pytest.raises(SettingsError, match=r"\(16, 16\).*\(8, 8\).*\(4, 4\) with 16 queries"):
         pipe(PROMPT, concepts=CONCEPTS, settings=AStarSettings(attention_resolution=(5, 5)))
     with pytest.raises(SettingsError, match="prompt_2"):

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from attnproc import RadialAttnProcessor
-from attnproc.control.unet import attention_layers, finish, frozen, grid_of, processors_replaced, project
+from attnproc.control.unet import attention_layers, finish, frozen, grid_of, processors_replaced, project, trainable
 from attnproc.errors import SettingsError, UnsupportedError
 from attnproc.pipelines.wrapping import ControlPipeline
 
@@ -78,7 +78,7 @@ def test_the_very_processors_are_back_on_every_way_out(make_pipe, error):
     flags = [p.requires_grad for p in unet.parameters()]
     replacements = {name: Rewritten() for name in attention_layers(unet, "attn2")}
     try:
-        with processors_replaced(unet, replacements), frozen(unet):
+        with processors_replaced(unet, replacements), frozen(trainable(unet)):
             assert sum(isinstance(p, Rewritten) for p in unet.attn_processors.values()) == 16
             assert not any(p.requires_grad for p in unet.parameters())
             if error:
@@ -89,11 +89,31 @@ def test_the_very_processors_are_back_on_every_way_out(make_pipe, error):
     assert [p.requires_grad for p in unet.parameters()] == flags
 
 
+def test_gradient_flags_are_back_if_switching_them_off_is_interrupted(make_pipe, monkeypatch):
+    unet = make_pipe("sd1").unet
+    unet.conv_in.requires_grad_(False)
+    flags = [p.requires_grad for p in unet.parameters()]
+    parameters, switch, count = trainable(unet), torch.Tensor.requires_grad_, 0
+
+    def interrupted(parameter, flag=True):
+        nonlocal count
+        count += 1
+        if count == 50:
+            raise KeyboardInterrupt
+        return switch(parameter, flag)
+
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt), frozen(parameters):
+        pass
+    assert count > 50
+    assert [p.requires_grad for p in unet.parameters()] == flags
+
+
 def test_a_layer_with_someone_elses_processor_is_refused(make_pipe):
     pipe = make_pipe("sd1")
     pipe.attn_processor = RadialAttnProcessor()
     with (
-        pytest.raises(UnsupportedError, match="expected diffusers' own"),
+        pytest.raises(UnsupportedError, match="expected diffusers' plain"),
         processors_replaced(pipe.unet, {name: Rewritten() for name in attention_layers(pipe.unet, "attn1")}),
     ):
         pass
