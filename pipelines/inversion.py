@@ -22,6 +22,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from attnproc.control.masks import check_depth
 from attnproc.control.unet import check_unet
 from attnproc.control.words import check_length
 from attnproc.errors import SettingsError
@@ -31,7 +32,7 @@ EXCEPTIONAL_TOKEN = 7788  # TF-ICON's exceptional prompt: this token everywhere,
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _NOISY = ("Ancestral", "SDE", "DDPM", "LCM", "TCD")
 
-Picture = Any  # a PIL image of any mode, or an array (height, width, 3)
+Picture = Any  # a PIL image of 8 bits a channel, or an array (height, width, 3)
 Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents and timestep to the model's output
 
 
@@ -64,8 +65,8 @@ def invert(
 
     Args:
         pipe: a StableDiffusionPipeline, of any prediction type; its own scheduler gives the noise levels only.
-        image: a picture, or a list of them; a PIL image of any mode (made RGB, transparency dropped) or an array
-            (height, width, 3) of uint8 or of floats from 0 to 1. Resized where it is not of the working size.
+        image: a picture, or a list of them; a PIL image of 8 bits a channel (made RGB, transparency dropped) or an
+            array (height, width, 3) of uint8 or of floats from 0 to 1. Resized where it is not of the working size.
         prompt: condition of every evaluation; None is the exceptional prompt of TF-ICON where the vocabulary has its
             token, else the empty prompt.
         steps: model evaluations each way.
@@ -235,8 +236,9 @@ def _no_positions(text_encoder: Any) -> Iterator[None]:
 
 
 def as_picture(image: Picture, what: str) -> Image.Image:
-    """An RGB picture from a PIL image of any mode, or from an array (height, width, 3), uint8 or floats from 0 to 1."""
+    """As RGB a PIL image of 8 bits a channel, or an array (height, width, 3) of uint8 or of floats from 0 to 1."""
     if isinstance(image, Image.Image):
+        check_depth(image, what)
         return image.convert("RGB")
     pixels = np.asarray(image) if isinstance(image, np.ndarray) else None
     if pixels is not None and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:

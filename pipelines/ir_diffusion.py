@@ -19,7 +19,7 @@ from attnproc.control.masks import Region
 from attnproc.control.unet import processors_replaced
 from attnproc.control.words import check_length
 from attnproc.errors import AttnProcWarning, SettingsError
-from attnproc.pipelines.inversion import as_picture, resized
+from attnproc.pipelines.inversion import as_picture, resized, working_size
 from attnproc.pipelines.ir_diffusion_places import Places, Scene, Segmenter, Subject
 from attnproc.pipelines.wrapping import ControlPipeline
 
@@ -114,20 +114,26 @@ class IRDiffusionPipeline(ControlPipeline):
             arguments: of the diffusers pipeline. A list as `negative_prompt` has one for each portrait and scene.
 
         Raises:
-            SettingsError: an argument does not fit; a region is empty, outside or of another shape; a word is not in
-                its prompt; a prompt is too long; height or width are no multiple of what the U-Net needs.
+            SettingsError: an argument does not fit; a region is empty, outside or of another shape, or covers a whole
+                portrait; a word is not in its prompt; a prompt, also a negative one, is too long; height or width are
+                no multiple of what the U-Net needs.
             UnsupportedError: something else holds the attention layers (an IP-Adapter needs lam=0.0), or the
                 segmenter does not find a subject.
 
-        Warns (`AttnProcWarning`) of a subject that smaller ones cover wholly, and once per call of an experimental
-        U-Net.
+        Warns (`AttnProcWarning`) once of each subject of a scene that smaller ones cover wholly, and once per call of
+        an experimental U-Net.
         """
+        if scenes_per_batch is not None and not _is_count(scenes_per_batch):
+            raise SettingsError(
+                f"scenes_per_batch={scenes_per_batch!r}; expected an integer of at least 1, or None for all at a time. "
+                "Choose one."
+            )
         call = _Call(self, list(subjects), list(scenes), settings, segmenter, arguments)
         noise = call.noise(generator)
         seeds = _dropout_seeds(generator, len(call.subjects), len(call.scenes))
         masks, noise = call.places.masks(noise, seeds)
         given = call.given(noise)
-        count = scenes_per_batch or max(1, len(scenes))
+        count = scenes_per_batch or len(scenes)
         states = _states(generator)
         outputs = []
         for first in range(0, len(scenes), count):
@@ -149,22 +155,22 @@ class _Call:
         segmenter: Segmenter | None,
         arguments: dict[str, Any],
     ):
-        self.pipe = pipeline.pipe
+        self.pipeline, self.pipe = pipeline, pipeline.pipe
         self.subjects, self.scenes, self.settings = subjects, scenes, settings
         self.arguments = dict(arguments)
         sdxl = any(kind.__name__ == SDXL for kind in type(self.pipe).__mro__)
         self._check_arguments()
         self.rules = LayerRules.of(self.pipe.unet, settings, sdxl)
         self.height, self.width = self._picture_size()
-        for prompt in self.prompts:
-            check_length(self.pipe.tokenizer, prompt)
+        self._check_lengths()
         self.pictures = {n: self._picture(n, s.image) for n, s in enumerate(subjects) if s.image is not None}
         self.places = Places(
             subjects,
             scenes,
             settings,
             segmenter,
-            tokenizer=self.pipe.tokenizer,
+            tokenizer=pipeline._tokenizer,
+            converted=pipeline._converted,
             size=(self.height, self.width),
             rehearse=self._rehearse,
         )
@@ -237,6 +243,7 @@ class _Call:
                     [torch.Generator().manual_seed(seeds[n]) for n in chosen],
                     given,
                     self.pipe.scheduler,
+                    first_scene=chosen[0],
                 )
                 hook = self.pipe.unet.register_forward_pre_hook(run.watch, with_kwargs=True)
                 stack.callback(hook.remove)
@@ -263,6 +270,11 @@ class _Call:
                 )
         if self.arguments.pop("num_images_per_prompt", 1) != 1:
             raise SettingsError("num_images_per_prompt must be 1, as scenes share a batch; repeat the scene instead.")
+        if not _is_count(self.arguments.get("num_inference_steps", 1)):
+            raise SettingsError(
+                f"num_inference_steps={self.arguments['num_inference_steps']!r}; expected an integer of at least 1. "
+                "Choose one, or leave it out."
+            )
         if not self.scenes:
             raise SettingsError("no scenes came; expected at least one Scene.")
         negative, count = self.arguments.get("negative_prompt"), len(self.subjects) + len(self.scenes)
@@ -274,20 +286,21 @@ class _Call:
         if isinstance(negative, str):
             self.arguments["negative_prompt"] = [negative] * count
 
+    def _check_lengths(self) -> None:
+        prompts = [(prompt, "prompt") for prompt in self.prompts]
+        prompts += [(prompt, "negative_prompt") for prompt in self.arguments.get("negative_prompt") or ()]
+        for prompt, what in dict.fromkeys(prompts):
+            check_length(self.pipeline._tokenizer, self.pipeline._converted(prompt), what)
+
     def _picture_size(self) -> tuple[int, int]:
-        default = self.pipe.unet.config.sample_size
-        default = (default, default) if isinstance(default, int) else tuple(default)
-        size = [
-            self.arguments.get(name) or side * self.pipe.vae_scale_factor
-            for name, side in zip(("height", "width"), default, strict=True)
-        ]
-        multiple = self.rules.multiple * self.pipe.vae_scale_factor
-        if any(side % multiple for side in size):
-            raise SettingsError(
-                f"the picture is {size[1]} x {size[0]} pixels; expected multiples of {multiple}, so that every layer "
-                "has whole tokens. Round width and height."
-            )
-        return size[0], size[1]
+        """Height and width in pixels, which the arguments of the call hold from here on."""
+        native = self.pipe.unet.config.sample_size
+        rows, columns = (native, native) if isinstance(native, int) else native
+        given = (self.arguments.get(name) for name in ("height", "width"))
+        size = working_size(self.pipe, (columns, rows), *given)
+        # Both: where one is missing, diffusers takes its defaults for the two of them.
+        self.arguments["height"], self.arguments["width"] = size
+        return size
 
     def _picture(self, number: int, image: Any) -> Image.Image:
         picture = as_picture(image, f"the image of subject {number + 1}")
@@ -339,6 +352,10 @@ class _Call:
         if isinstance(arguments.get("negative_prompt"), list):
             arguments["negative_prompt"] = arguments["negative_prompt"][number]
         return self.pipe(prompt=self.prompts[number], latents=noise, **arguments).images[0]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _dropout_seeds(generator: Generators, subjects: int, scenes: int) -> list[int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from attnproc.control.ir_diffusion import IRSettings, crop_bottom, grow_small
 from attnproc.control.ir_diffusion_attention import SceneMasks
-from attnproc.control.masks import Region, bounding_box, region_mask
+from attnproc.control.masks import Region, as_box, bounding_box, mask_values, region_mask
 from attnproc.control.words import find_tokens
 from attnproc.errors import SettingsError
 
@@ -31,7 +30,8 @@ class Subject:
 
     Attributes:
         prompt: of the portrait; also the words that the subject's tokens in scenes listen to.
-        region: where the subject is in its portrait: a box or mask, as `attnproc.control.masks.region_mask` takes.
+        region: where the subject is in its portrait: a box or mask, as `attnproc.control.masks.region_mask` takes;
+            not all of the picture.
         word: in place of a region, the words of the prompt (or indices of its tokens) by whose attention the subject
             is found; for a segmenter, what to look for.
         image: a picture to use as the portrait in place of a generated one; resized to the scene's size, whose aspect
@@ -54,7 +54,8 @@ class Scene:
         prompt: of the whole scene.
         regions: for each subject where it is: a box, a mask, words of the prompt by whose attention it is found, or
             None for a subject that is not in this scene. None for all: the segmenter finds them, or where there is
-            none, each subject's own `word` in this prompt.
+            none, each subject's own `word` in this prompt. Where regions overlap, the smaller subject keeps the token,
+            at equal size the earlier one. A region may cover the whole picture, which leaves no background.
         latents: noise of the scene, (1, channels, rows, columns), in place of the generator's.
     """
 
@@ -68,6 +69,7 @@ class Places:
 
     Args:
         tokenizer: of the pipeline.
+        converted: gives a prompt as it is encoded, with the words of textual inversion as their tokens.
         size: height and width of the pictures in pixels.
         rehearse: gives the picture of a prompt, counted portraits first, from noise (1, channels, rows, columns),
             without the method; of a portrait that is a given picture, that picture.
@@ -84,11 +86,12 @@ class Places:
         segmenter: Segmenter | None,
         *,
         tokenizer: Any,
+        converted: Callable[[str], str],
         size: tuple[int, int],
         rehearse: Callable[[int, Tensor], Image.Image],
     ):
         self.subjects, self.scenes, self.settings, self.segmenter = subjects, scenes, settings, segmenter
-        self.tokenizer, self.rehearse = tokenizer, rehearse
+        self.tokenizer, self.converted, self.rehearse = tokenizer, converted, rehearse
         self.height, self.width = size
         # None where the segmenter has to look.
         self.references = [self._reference(number, subject) for number, subject in enumerate(subjects)]
@@ -121,9 +124,20 @@ class Places:
                 f"subject {number + 1}, {subject.prompt!r}, has no region; expected a box or mask in its portrait, a "
                 "word of its prompt, or a segmenter. Give one of these."
             )
-        return find_tokens(self.tokenizer, subject.prompt, subject.word, what=f"the word of subject {number + 1}")
+        return self._words(subject.prompt, subject.word, f"the word of subject {number + 1}")
+
+    def _words(self, prompt: str, phrase: str | Sequence[int], what: str, taken: Sequence[int] = ()) -> tuple[int, ...]:
+        """Token indices of a phrase in a prompt as it is encoded."""
+        if isinstance(phrase, str):
+            phrase = self.converted(phrase)
+        return find_tokens(self.tokenizer, self.converted(prompt), phrase, taken, what)
 
     def _cropped(self, mask: Tensor, what: str) -> Tensor:
+        if mask.all():
+            raise SettingsError(
+                f"{what} covers the whole picture, so its background would come along; expected a part of it. Draw the "
+                "subject alone."
+            )
         mask = crop_bottom(mask, self.settings.ref_bottom_crop)
         if not mask.any():
             raise SettingsError(
@@ -156,7 +170,7 @@ class Places:
             if region is None:
                 places.append(None)
             elif isinstance(region, str):
-                places.append(find_tokens(self.tokenizer, scene.prompt, region, taken, what))
+                places.append(self._words(scene.prompt, region, what, taken))
                 taken += places[-1]
             else:
                 places.append(region_mask(region, self.height, self.width, what))
@@ -209,10 +223,9 @@ class Places:
 
 def _drawn(mask: Region, height: int, width: int, what: str) -> Tensor | None:
     """A segmenter's mask; None if it is empty."""
-    values = np.asarray(mask.convert("L")) if isinstance(mask, Image.Image) else torch.as_tensor(mask)
-    if not values.any():
-        return None
-    return region_mask(mask, height, width, what)
+    box = as_box(mask)
+    values = mask_values(mask, what) if box is None else torch.tensor(box)
+    return region_mask(mask, height, width, what) if values.any() else None
 
 
 def _closed(mask: Tensor) -> Tensor:

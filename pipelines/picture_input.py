@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from attnproc.control.masks import check_depth, mask_channel
 from attnproc.errors import SettingsError
 from attnproc.pipelines.ir_diffusion import Scene, Subject
 from attnproc.pipelines.settings import read_yaml
@@ -38,10 +39,7 @@ def read_picture(path: Path, what: str) -> Image.Image:
         SettingsError: the file cannot be read as a picture of 8 bits a channel.
     """
     picture = _open(path, what)
-    if picture.mode.startswith(("I", "F")):
-        raise SettingsError(
-            f"{what} {path} has pixels of mode {picture.mode!r}; expected 8 bits a channel. Convert it to such a PNG."
-        )
+    check_depth(picture, f"{what} {path}")
     return picture.convert("RGB")
 
 
@@ -76,9 +74,12 @@ def to_box(numbers: Sequence[Any], what: str) -> Box:
 
 
 def read_region(value: Any, what: str, folder: Path = Path()) -> Box | Image.Image:
-    """A box from four numbers, or the mask in a picture file, whose name is relative to `folder`; white is inside."""
+    """A box from four numbers, or the mask in a picture file, whose name is relative to `folder`.
+
+    White is inside, or in a picture with transparency what is opaque, as `attnproc.control.masks.region_mask` takes it.
+    """
     if isinstance(value, str) and value.strip():
-        return _open(folder / value, what).convert("L")
+        return mask_channel(_open(folder / value, what), f"{what} {folder / value}")
     if isinstance(value, Sequence) and not isinstance(value, str):
         return to_box(value, what)
     raise SettingsError(

@@ -21,6 +21,7 @@ from attnproc.control.ir_diffusion import (
     IRSettings,
     Layout,
     attend_in_groups,
+    disjoint,
     groups,
     stack_tokens,
 )
@@ -94,11 +95,6 @@ class LayerRules:
         """The grids of all layers, each once."""
         return list(dict.fromkeys(self.grid(name, size) for name in self.divisors))
 
-    @property
-    def multiple(self) -> int:
-        """What both sides of the latent grid must be a multiple of."""
-        return max(self.divisors.values())
-
 
 def _self_name(name: str) -> str:
     return name.removesuffix("attn2") + "attn1" if name.endswith("attn2") else name
@@ -138,6 +134,9 @@ class IRRun:
         dropout: for each scene the generator of its query dropout.
         given: by portrait, the pictures that take the place of a generated one.
         scheduler: of the pipeline: it adds noise to those and knows the timesteps.
+        first_scene: which scene of the story the first one is, for messages; counted from 0.
+
+    Warns (`AttnProcWarning`) once of each subject that smaller ones cover wholly on some grid.
     """
 
     settings: IRSettings
@@ -147,6 +146,7 @@ class IRRun:
     dropout: Sequence[torch.Generator]
     given: dict[int, Given]
     scheduler: Any
+    first_scene: int = 0
     step: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
@@ -168,10 +168,8 @@ class IRRun:
                     wanted.setdefault(self.subjects + number, {})[subject] = target
         self.words = WordMaps(wanted) if wanted else None
         self._found: dict[tuple[int, int], dict[Grid, Tensor]] = {}
-        for number, scene in enumerate(self.scenes):
-            if scene.drawn:
-                for grid in self.rules.grids(self.size):
-                    self._warn_of_losses(number, grid, self.layout(number, grid))
+        for number, scene in enumerate(self.scenes, self.first_scene):
+            self._warn_of_losses(number, scene)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -234,15 +232,22 @@ class IRRun:
             return torch.full(grid, unknown)
         return self._found[found][grid]
 
-    def _warn_of_losses(self, scene: int, grid: Grid, layout: Layout) -> None:
-        for subject, place in enumerate(self.scenes[scene].targets):
-            if place is not None and not layout.targets[subject].any():
-                warnings.warn(
-                    f"subject {subject + 1} of scene {scene + 1} has no tokens left on the grid {grid[0]} x {grid[1]}, "
-                    "as smaller subjects cover it; it has no part there. Draw its mask beside theirs.",
-                    AttnProcWarning,
-                    stacklevel=2,
-                )
+    def _warn_of_losses(self, number: int, scene: SceneMasks) -> None:
+        # Drawn masks alone: subjects that are found by words can only take more.
+        drawn = {subject: place for subject, place in enumerate(scene.targets) if isinstance(place, Tensor)}
+        lost: dict[int, list[str]] = {}
+        for grid in self.rules.grids(self.size) if drawn else ():
+            kept = disjoint(stack_tokens(list(drawn.values()), grid))
+            for subject, tokens in zip(drawn, kept, strict=True):
+                if not tokens.any():
+                    lost.setdefault(subject, []).append(f"{grid[0]} x {grid[1]}")
+        for subject, grids in lost.items():
+            warnings.warn(
+                f"subject {subject + 1} of scene {number + 1} has no tokens left on grids of {', '.join(grids)}, as "
+                "smaller subjects cover it; it has no part there. Draw its mask beside theirs.",
+                AttnProcWarning,
+                stacklevel=2,
+            )
 
     def _members(self, scene: int, name: str, device: torch.device) -> list[Group]:
         """The groups of a scene in a layer in this step."""

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from attnproc.control.masks import Region, bounding_box, region_mask
+from attnproc.control.masks import Region, as_box, bounding_box, region_mask
 from attnproc.errors import AttnProcWarning, SettingsError
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, half-open
@@ -112,8 +111,9 @@ def check_cells(placement: Placement, rows: int, columns: int) -> None:
 
 def _target_box(target: Region, size: tuple[int, int], height: int, width: int) -> Box:
     """The target in pixels of the working size; may pass the border, with a warning."""
-    if isinstance(target, Sequence) and len(target) == 4 and all(isinstance(v, int | float) for v in target):
-        x0, y0, x1, y1 = _scaled(target, size, height, width)
+    box = as_box(target)
+    if box is not None:
+        x0, y0, x1, y1 = _scaled(box, size, height, width)
     else:
         mask = region_mask(target, size[1], size[0], "target")
         part = _largest_part(mask)
@@ -131,13 +131,13 @@ def _target_box(target: Region, size: tuple[int, int], height: int, width: int) 
     return x0, y0, x1, y1
 
 
-def _scaled(box: Sequence[Any], size: tuple[int, int], height: int, width: int) -> Box:
+def _scaled(box: Sequence[float], size: tuple[int, int], height: int, width: int) -> Box:
     if not all(math.isfinite(v) for v in box):
-        raise SettingsError(f"target is the box {tuple(box)}; expected finite numbers. Correct it.")
+        raise SettingsError(f"target is the box {box}; expected finite numbers. Correct it.")
     fractions = any(isinstance(v, float) for v in box)
     if fractions and not all(-1 <= v <= 2 for v in box):
         raise SettingsError(
-            f"target is the box {tuple(box)}; expected fractions of the picture, or whole pixels as integers. Write "
+            f"target is the box {box}; expected fractions of the picture, or whole pixels as integers. Write "
             "all four in one way."
         )
     across, down = (width, height) if fractions else (width / size[0], height / size[1])

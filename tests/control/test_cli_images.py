@@ -445,6 +445,7 @@ def test_bad_arguments_load_no_weights(out, monkeypatch, arguments, message, cod
         (["--object", "text.png"], "--object text.png cannot be read"),
         (["--object", "deep.png"], "--object deep.png has pixels of mode 'I;16'; expected 8 bits"),
         (["--mask", "no.png"], "--mask no.png cannot be read"),
+        (["--mask", "deep.png"], "--mask deep.png has pixels of mode 'I;16'; expected 8 bits"),
         (["--domain", "other"], "domain='other' is not known"),
         (["--set", "tau_a=2"], "tau_a=2.0; expected a share"),
     ],
@@ -599,6 +600,14 @@ def test_a_box_is_a_corner_and_a_size(text, box):
 def test_what_is_no_box_is_refused(text):
     with pytest.raises(SettingsError, match="box"):
         picture_input.parse_box(text, "box")
+
+
+def test_a_mask_file_with_transparency_is_what_is_opaque(files):
+    picture = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(picture).rectangle((40, 20, 60, 50), (0, 0, 0, 255))
+    picture.save(files / "cut-out.png")
+    read = [picture_input.read_region(name, "mask", files) for name in ("cut-out.png", "mask.png")]
+    assert same(*read)
 
 
 def test_a_picture_is_upright_and_rgb(tmp_path):

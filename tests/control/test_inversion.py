@@ -209,8 +209,14 @@ def test_working_size_is_near_the_native_area(make_pipe):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_pictures_of_every_mode_become_rgb(mode):
+def test_pictures_of_every_mode_of_8_bits_become_rgb(mode):
     assert as_picture(noise_picture().convert(mode), "image").mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_pictures_of_more_bits_are_refused(mode):
+    with pytest.raises(SettingsError, match=f"image has pixels of mode '{mode}'; expected 8 bits"):
+        as_picture(Image.new(mode, (8, 8), 40_000), "image")
 
 
 BAD_PICTURES = {

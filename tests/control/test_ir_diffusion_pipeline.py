@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
@@ -13,7 +13,7 @@ from attnproc.control.ir_diffusion import IRSettings
 from attnproc.control.ir_diffusion_attention import IRRun, LayerRules, SceneMasks
 from attnproc.control.unet import attention_layers
 from attnproc.errors import AttnProcWarning, SettingsError, UnsupportedError
-from attnproc.pipelines.ir_diffusion import IRDiffusionPipeline, Scene, Subject
+from attnproc.pipelines.ir_diffusion import IRDiffusionPipeline, Scene, Subject, _Call
 
 KNOWN = IRSettings(experimental=True)
 STEADY = IRSettings(experimental=True, query_dropout=0.0)
@@ -339,6 +339,31 @@ def test_words_and_masks_mix(make_pipe):
     assert np.isfinite(out.image).all()
 
 
+def test_words_are_found_behind_an_embedding_of_several_vectors(make_pipe):
+    pipe = make_pipe("sd1")
+    pipe.load_textual_inversion({"<thing>": torch.randn(3, 16)}, token="<thing>")
+    prompt = "a <thing> and a blue star"
+    subjects = [Subject(prompt, word="<thing>"), Subject(prompt, word="blue star")]
+    scene = Scene(prompt, ["<thing>", "blue star"])
+    places = _Call(IRDiffusionPipeline(pipe), subjects, [scene], KNOWN, None, {}).places
+    assert places.references == [(2, 3, 4), (7, 8)]
+    assert places.targets == [[(2, 3, 4), (7, 8)]]
+    long = "<thing> " * 20  # 62 tokens
+    with pytest.raises(SettingsError, match="at most 40"):
+        tell(pipe, subjects, Scene(long, [None, None]))
+
+
+def test_an_sdxl_with_its_second_text_encoder_alone_finds_words(make_pipe):
+    full = make_pipe("sdxl")
+    # As wide as the second encoder alone.
+    unet = UNet2DConditionModel.from_config({**full.unet.config, "cross_attention_dim": 16}).eval()
+    parts = {**full.components, "unet": unet, "text_encoder": None, "tokenizer": None}
+    pipe = StableDiffusionXLPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    subjects = [Subject(STAR.prompt, word="star"), Subject(CIRCLE.prompt, word="blue circle")]
+    assert np.isfinite(tell(pipe, subjects, Scene(SCENE.prompt)).image).all()
+
+
 class Segmenter:
     """Finds each phrase in a fixed place, but for the first `failures` scenes."""
 
@@ -503,6 +528,25 @@ def test_a_second_call_of_another_size_is_independent(make_pipe):
     assert left_alone(pipe, before)
 
 
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_one_side_given_leaves_the_other_native(make_pipe, side):
+    pipe = make_pipe("sd1")
+    small = {"height": 128, "width": 128, side: 64}
+    scene = Scene(SCENE.prompt, [(0.0, 0.0, 0.5, 1.0), None])
+    subjects = [STAR, Subject(CIRCLE.prompt, (0.1, 0.1, 0.9, 0.9))]
+    out = tell(pipe, subjects, scene, **{side: 64})
+    assert out.image.shape == (small["height"], small["width"], 3)
+    assert np.array_equal(out.references[1], plain(pipe, PROMPTS, **small)[1])
+    segmented = tell(pipe, [Subject("a red star", word="star")], Scene("a red star"), segmenter=_top, **{side: 64})
+    assert segmented.image.shape == out.image.shape
+
+
+def _top(image, phrases):
+    """A segmenter that finds everything in the upper half."""
+    assert sorted(image.size) == [64, 128]
+    return [(0.0, 0.0, 1.0, 0.5)] * len(phrases)
+
+
 def test_the_users_callback_sees_all_pictures(make_pipe):
     shapes = []
     tell(make_pipe("sdxl"), callback_on_step_end=lambda p, s, t, a: shapes.append(a["latents"].shape) or a)
@@ -535,6 +579,8 @@ def test_output_types_are_those_of_diffusers(make_pipe):
         ({"scene": Scene(SCENE.prompt, ["star", "star"])}, "another one already is"),
         ({"scene": Scene(SCENE.prompt)}, "no regions"),
         ({"scene": Scene("a red star " * 20, SCENE.regions)}, "at most 40"),
+        ({"negative_prompt": "a red star " * 20}, "the negative_prompt 'a red star .* at most 40"),
+        ({"negative_prompt": ["white", "a red star " * 20, "pink"]}, "the negative_prompt 'a red star .* at most 40"),
         ({"scene": Scene(SCENE.prompt, SCENE.regions, torch.zeros(1, 4, 8, 8))}, "shape"),
         ({"subjects": [STAR, Subject(CIRCLE.prompt)]}, "no region"),
         ({"subjects": [STAR, Subject(CIRCLE.prompt, word="star")]}, "not in the prompt"),
@@ -542,9 +588,16 @@ def test_output_types_are_those_of_diffusers(make_pipe):
         ({"subjects": [STAR, Subject(CIRCLE.prompt, (0, 0, 9, 9), image="red.png")]}, "PIL"),
         ({"subjects": [STAR, Subject(CIRCLE.prompt, (0, 120, 9, 128))], "settings": IRSettings(ref_bottom_crop=0.2)},
          "ref_bottom_crop"),
+        ({"subjects": [STAR, Subject(CIRCLE.prompt, (0.0, 0.0, 1.0, 1.0))]}, "subject 2 in its portrait covers the"),
+        ({"subjects": [STAR, Subject(CIRCLE.prompt, np.ones((8, 8)))], "settings": IRSettings(ref_bottom_crop=0.2)},
+         "covers the whole picture"),
         ({"settings": IRSettings(extended_from="up_blocks.9")}, "up_blocks.9"),
         ({"settings": IRSettings(isolation_layers=("up",))}, "'up'"),
-        ({"height": 120}, "multiples of 64"),
+        ({"height": 120}, "multiple of 64"),
+        ({"height": "128"}, "height='128'; expected a positive multiple"),
+        ({"width": -64}, "width=-64; expected a positive multiple"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0; expected an integer of at least 1"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps=2.0; expected an integer"),
         ({"prompt": "a"}, "prompt"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt"),
         ({"negative_prompt": ["a"]}, "1 negative prompts"),
@@ -559,6 +612,12 @@ def test_bad_input_is_refused_before_any_denoising(make_pipe, change, message):
         tell(pipe, **change)
 
 
+@pytest.mark.parametrize("count", [-1, 0, 1.0, True, "2"])
+def test_scenes_per_batch_is_a_count(make_pipe, count):
+    with pytest.raises(SettingsError, match=f"scenes_per_batch={count!r}; expected an integer of at least 1"):
+        IRDiffusionPipeline(make_pipe("sd1")).story([STAR, CIRCLE], [SCENE], scenes_per_batch=count)
+
+
 def test_no_scenes_are_refused(make_pipe):
     with pytest.raises(SettingsError, match="no scenes"):
         IRDiffusionPipeline(make_pipe("sd1")).story([STAR], [])
@@ -567,10 +626,30 @@ def test_no_scenes_are_refused(make_pipe):
 def test_a_subject_under_a_smaller_one_is_warned_of_and_left_out(make_pipe):
     pipe = make_pipe("sdxl")
     same = Scene(SCENE.prompt, [(0, 0, 64, 64), (0, 0, 64, 64)])
-    with pytest.warns(AttnProcWarning, match="subject 2 of scene 1 has no tokens left"):
+    with pytest.warns(
+        AttnProcWarning, match="subject 2 of scene 1 has no tokens left on grids of 8 x 8, 4 x 4"
+    ) as told:
         out = tell(pipe, scene=same, settings=STEADY)
+    assert sum(warning.category is AttnProcWarning for warning in told) == 1
     one = tell(pipe, scene=Scene(SCENE.prompt, [(0, 0, 64, 64), None]), settings=STEADY)
     np.testing.assert_allclose(out.image, one.image, atol=1e-6)
+
+
+def test_masks_are_compared_also_where_other_places_are_read_from_words(make_pipe):
+    pipe = make_pipe("sd1")
+    rules = LayerRules.of(pipe.unet, KNOWN, sdxl=False)
+    mask = torch.ones(128, 128, dtype=torch.bool)
+    for scene in (SceneMasks(((2, 3), mask), (mask, mask)), SceneMasks((mask, mask, mask), (mask, mask, (2,)))):
+        with pytest.warns(AttnProcWarning, match="subject 2 of scene 1 has no tokens left") as told:
+            run_of(pipe, rules, [scene], KNOWN)
+        assert len(told) == 1
+
+
+def test_a_warning_names_the_scene_of_the_story(make_pipe):
+    same = Scene(SCENE.prompt, [(0, 0, 64, 64), (0, 0, 64, 64)])
+    pipe = IRDiffusionPipeline(make_pipe("sd1"))
+    with pytest.warns(AttnProcWarning, match="subject 2 of scene 2 "):
+        pipe.story([STAR, CIRCLE], [SCENE, same], settings=KNOWN, scenes_per_batch=1, **RUN)
 
 
 def test_other_unets_than_sdxl_are_called_experimental_once(make_pipe):

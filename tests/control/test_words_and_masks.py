@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attnproc.control.masks import bounding_box, region_mask, token_mask
+from attnproc.control.masks import as_box, bounding_box, region_mask, token_mask
+from attnproc.control.prime_composer_geometry import place
 from attnproc.control.words import check_length, find_tokens, get_indices
 from attnproc.demos.shapes.picture_text import build_clip_tokenizer
 from attnproc.errors import SettingsError
@@ -78,6 +79,62 @@ def test_a_box_is_half_open_in_pixels_or_fractions(box):
     assert bounding_box(region_mask(box, 8, 16, "box")) == (2, 8, 4, 12)
 
 
+BOX = (4, 2, 12, 8)
+BOXES = {
+    "list": [4, 2, 12, 8],
+    "numpy integers": tuple(np.int64(v) for v in BOX),
+    "array": np.array(BOX),
+    "array of fractions": np.array([0.25, 0.25, 0.75, 1.0], np.float32),
+    "tensor": torch.tensor(BOX),
+}
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_a_box_may_be_any_four_numbers(box):
+    assert {type(v) for v in as_box(box)} <= {int, float}
+    assert bounding_box(region_mask(box, 8, 16, "box")) == (2, 8, 4, 12)
+    placed, _ = place(Image.new("RGB", (8, 8)), (2, 2, 6, 6), box, (16, 8), 8, 16)
+    assert placed.box == BOX
+
+
+@pytest.mark.parametrize("region", [(0, 0, 1), (True, False, True, True), "0000", np.zeros((2, 2)), None])
+def test_anything_else_is_no_box(region):
+    assert as_box(region) is None
+
+
+CUT_OUT = np.zeros((6, 12, 4), np.uint8)
+CUT_OUT[1:4, 2:5, 3] = 255  # black on nothing
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "P"])
+@pytest.mark.parametrize("ink", [0, 255], ids=["black", "white"])
+def test_the_mask_of_a_cut_out_is_what_is_opaque(mode, ink):
+    drawn = CUT_OUT.copy()
+    drawn[..., :3] = ink
+    picture = Image.fromarray(drawn)
+    if mode == "P":
+        picture = Image.fromarray(drawn[..., 3] // 255).convert("P")
+        picture.putpalette([ink] * 6)
+        picture.info["transparency"] = 0
+    else:
+        picture = picture.convert(mode)
+    assert bounding_box(region_mask(picture, 6, 12, "mask")) == (1, 4, 2, 5)
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_where_alpha_is_the_same_everywhere_the_mask_is_what_is_white(alpha):
+    drawn = np.zeros((6, 12, 4), np.uint8)
+    drawn[1:4, 2:5] = 255
+    drawn[..., 3] = alpha
+    assert bounding_box(region_mask(Image.fromarray(drawn), 6, 12, "mask")) == (1, 4, 2, 5)
+
+
+def test_a_mask_may_be_a_flipped_view():
+    drawn = np.zeros((6, 12), bool)
+    drawn[1:4, 2:5] = True
+    assert bounding_box(region_mask(drawn[::-1], 6, 12, "mask")) == (2, 5, 2, 5)
+
+
 @pytest.mark.parametrize("kind", ["pil", "numpy", "bool", "float", "large"])
 def test_a_mask_may_come_in_many_forms(kind):
     drawn = np.zeros((6, 12), np.uint8)
@@ -106,6 +163,15 @@ def test_a_mask_may_come_in_many_forms(kind):
         (np.ones((2, 8, 16)), "two dimensions"),
         (np.full((8, 16), 3.0), "values from 3"),
         (np.full((8, 16), np.nan), "values from nan"),
+        (Image.new("I;16", (16, 8), 65535), "the region has pixels of mode 'I;16'; expected 8 bits"),
+        (Image.new("F", (16, 8), 1), "mode 'F'"),
+        ("mask.png", "the region is a str; expected a box"),
+        (None, "is a NoneType; expected a box"),
+        ({}, "is a dict; expected a box"),
+        ([[1, 0], [1]], "is a list; expected a box"),
+        (np.array(["a", "b"]), "is a ndarray; expected a box"),
+        ((True, False, True, True), "two dimensions"),
+        (torch.tensor([0, 0, 17, 8]), "is the box .0, 0, 17, 8.; .* inside the picture"),
     ],
 )
 def test_a_region_that_makes_no_sense_is_refused(region, message):
