@@ -294,11 +294,8 @@ class _Call:
 
     def _picture_size(self) -> tuple[int, int]:
         """Height and width in pixels, which the arguments of the call hold from here on."""
-        native = self.pipe.unet.config.sample_size
-        rows, columns = (native, native) if isinstance(native, int) else native
-        given = (self.arguments.get(name) for name in ("height", "width"))
-        size = working_size(self.pipe, (columns, rows), *given)
-        # Both: where one is missing, diffusers takes its defaults for the two of them.
+        sides = self.pipeline.size(self.arguments.get("height"), self.arguments.get("width"))
+        size = working_size(self.pipe, (1, 1), *sides)  # with both sides the shape of a picture does not matter
         self.arguments["height"], self.arguments["width"] = size
         return size
 
