@@ -54,7 +54,7 @@ SHARED: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--compare",
-            help="Also write what the plain model makes of the same seed (compose: what pasting the pixels makes) as "
+            help="Also write what the plain model makes of the same seed (compose: inpainting from the words alone) as "
             "NAME.plain.png, and both side by side as NAME.comparison.png. (default: off)",
         ),
     ],

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import StableDiffusionInpaintPipeline
+from PIL import Image
 from rich.console import Console
 
 from attnproc.control.prime_composer import PrimeComposerSettings, steps_of
@@ -112,7 +114,7 @@ def make_composition(
     console: Console,
     messages: Console,
 ) -> list[Path]:
-    """`attnproc compose`: an object put into a picture by PrimeComposer; compared with its pixels pasted there.
+    """`attnproc compose`: an object put into a picture by PrimeComposer; compared with pasting, and with inpainting.
 
     Args:
         prompt, subject, domain: as `PrimeComposerPipeline` takes them.
@@ -144,15 +146,29 @@ def make_composition(
     (path,) = job.outputs
     made = call(job, f"PrimeComposer {path.name}", settings.seed, pipe, draw)
     plan = steps_of(job.options, len(made.step_seconds), ORDERS[job.options.solver])
-    report = {"seed": settings.seed, "timings": _timings(load_seconds, made), "log": plan}
-    other = ("pasted pixels", made.output.pastes[0]) if settings.compare else None
-    write(job, path, made.pictures[0], other, report, console)
+    plain, other, shown = None, None, {}
+    if settings.compare:
+        inpainting = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+        draw_plain = functools.partial(_inpaint, inpainting, prompt, background, made)
+        plain = call(job, f"inpainting {path.name}", settings.seed, inpainting, draw_plain)
+        other, shown = ("plain inpainting", plain.pictures[0]), {"pasted pixels": made.output.pastes[0]}
+    report = {"seed": settings.seed, "timings": _timings(load_seconds, made, plain), "log": plan}
+    write(job, path, made.pictures[0], other, report, console, beside=shown)
     return job.outputs
 
 
 def _plain_batch(pipe: Any, prompts: list[str], negative_prompt: str | None = None, **arguments: Any) -> Any:
     negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
     return pipe(prompts, negative_prompt=negative, **arguments)
+
+
+def _inpaint(pipe: Any, prompt: str, background: Image.Image, made: Made, **arguments: Any) -> Any:
+    """The box of a composition drawn by diffusers' inpainting from the words alone, in as many steps."""
+    size = made.pictures[0].size
+    mask = Image.new("L", size)
+    mask.paste(255, made.output.boxes[0])
+    usual = {"num_inference_steps": len(made.step_seconds), "height": size[1], "width": size[0]}
+    return pipe(prompt, image=background.resize(size), mask_image=mask, **{**arguments, **usual})
 
 
 def _places(scene: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnproc.control.masks import Region
 from attnproc.control.prime_composer import PrimeComposerSettings, Steering, guided, steps_of
-from attnproc.control.prime_composer_geometry import Placement, check_cells, pasted, place
+from attnproc.control.prime_composer_geometry import Box, Placement, check_cells, pasted, place
 from attnproc.control.unet import processors_replaced
 from attnproc.control.words import check_length, find_tokens
 from attnproc.errors import AttnProcWarning, SettingsError, UnsupportedError
@@ -48,6 +48,7 @@ class PrimeComposerOutput:
 
     images: one per prompt, as `output_type` says.
     pastes: PIL pictures of the working size, one per prompt: the object's pixels copied over the background.
+    boxes: (x0, y0, x1, y1) in pixels of the working size, one per prompt: where the object is.
     background_latents: float32 (prompts, 4, height, width), the encoded picture that the composition keeps outside the
         box: the paste in the same domain, the background across domains.
     nsfw_content_detected: as diffusers gives it; None without a safety checker.
@@ -55,6 +56,7 @@ class PrimeComposerOutput:
 
     images: Any
     pastes: list[Image.Image]
+    boxes: list[Box]
     background_latents: Tensor
     nsfw_content_detected: list[bool] | None = None
 
@@ -172,7 +174,8 @@ class PrimeComposerPipeline(ControlPipeline):
             _each(generator, many, "generator"),
             noise,
         )
-        tasks = [_task(self.pipe, domain, size, *row) for row in zip(*columns, strict=True)]
+        check_length(self._tokenizer, self._converted(settings.inversion_prompt or ""), "inversion_prompt")
+        tasks = [self._task(domain, size, *row) for row in zip(*columns, strict=True)]
         self.pipe._guidance_rescale = 0.0
         self.pipe._clip_skip = self.pipe._cross_attention_kwargs = None
         self.pipe._interrupt = False
@@ -187,7 +190,48 @@ class PrimeComposerPipeline(ControlPipeline):
             images, flags = _pictures(self.pipe, torch.cat(finished), output_type)
         finally:
             self.pipe.maybe_free_model_hooks()
-        return PrimeComposerOutput(images, [task.paste for task in tasks], torch.cat(kept), flags)
+        pastes, boxes = [task.paste for task in tasks], [task.placement.box for task in tasks]
+        return PrimeComposerOutput(images, pastes, boxes, torch.cat(kept), flags)
+
+    def _task(
+        self,
+        domain: str,
+        size: tuple[int, int],
+        prompt: str,
+        negative_prompt: str | None,
+        subject: Any,
+        background: Picture,
+        object_image: Picture,
+        object_mask: Region,
+        target: Region,
+        generator: torch.Generator | None,
+        noise: Tensor | None,
+    ) -> _Task:
+        height, width = size
+        prompt, subject = _marked(prompt, subject)
+        encoded = self._converted(prompt)
+        check_length(self._tokenizer, encoded)
+        check_length(self._tokenizer, self._converted(negative_prompt or ""), "negative_prompt")
+        if subject is None:
+            warnings.warn(
+                "subject=None: every place of the picture may attend to the words of the object. Name them to keep the "
+                "object in its place.",
+                AttnProcWarning,
+                stacklevel=4,
+            )
+            tokens: tuple[int, ...] = ()
+        else:
+            phrase = self._converted(subject) if isinstance(subject, str) else subject
+            tokens = find_tokens(self._tokenizer, encoded, phrase, what="subject")
+        ground = as_picture(background, "background")
+        placement, canvas = place(
+            as_picture(object_image, "object_image"), object_mask, target, ground.size, height, width
+        )
+        check_cells(placement, height // self.pipe.vae_scale_factor, width // self.pipe.vae_scale_factor)
+        ground = resized(ground, width, height)
+        paste = pasted(ground, canvas, placement)
+        inverted = paste if domain == "same" else ground
+        return _Task(prompt, negative_prompt, tokens, placement, inverted, canvas, paste, generator, noise)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -354,43 +398,6 @@ def _noise(latents: Tensor | None, count: int, pipe: Any, size: tuple[int, int])
     if tuple(latents.shape) != expected:
         raise SettingsError(f"latents have the shape {tuple(latents.shape)}; expected {expected}. Draw them anew.")
     return list(latents.split(1))
-
-
-def _task(
-    pipe: Any,
-    domain: str,
-    size: tuple[int, int],
-    prompt: str,
-    negative_prompt: str | None,
-    subject: Any,
-    background: Picture,
-    object_image: Picture,
-    object_mask: Region,
-    target: Region,
-    generator: torch.Generator | None,
-    noise: Tensor | None,
-) -> _Task:
-    height, width = size
-    prompt, subject = _marked(prompt, subject)
-    check_length(pipe.tokenizer, prompt)
-    check_length(pipe.tokenizer, negative_prompt or "", "negative_prompt")
-    if subject is None:
-        warnings.warn(
-            "subject=None: every place of the picture may attend to the words of the object. Name them to keep the "
-            "object in its place.",
-            AttnProcWarning,
-            stacklevel=3,
-        )
-        tokens: tuple[int, ...] = ()
-    else:
-        tokens = find_tokens(pipe.tokenizer, prompt, subject, what="subject")
-    ground = as_picture(background, "background")
-    placement, canvas = place(as_picture(object_image, "object_image"), object_mask, target, ground.size, height, width)
-    check_cells(placement, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    ground = resized(ground, width, height)
-    paste = pasted(ground, canvas, placement)
-    inverted = paste if domain == "same" else ground
-    return _Task(prompt, negative_prompt, tokens, placement, inverted, canvas, paste, generator, noise)
 
 
 def _marked(prompt: str, subject: Any) -> tuple[str, Any]:

@@ -402,12 +402,31 @@ def _layers(pipe):
     return [*attention_layers(pipe.unet, "attn1"), *attention_layers(pipe.unet, "attn2")]
 
 
+def test_the_subject_is_found_behind_a_word_of_several_vectors(make_pipe, compose, monkeypatch):
+    pipe = make_pipe("sd1")
+    pipe.load_textual_inversion({"<thing>": torch.randn(3, 16)}, token="<thing>")
+    seen, steering = [], prime_composer.Steering
+
+    def listening(*arguments):
+        seen.append(arguments[2])
+        return steering(*arguments)
+
+    monkeypatch.setattr(prime_composer, "Steering", listening)
+    compose(pipe, prompt="a <thing> and a blue star", subject="blue star")
+    assert seen == [(7, 8)]
+
+
 # -- refused before the model runs -------------------------------------------------------------------------------------
 
 BAD_CALLS = {
     "subject not in the prompt": ({"subject": "green star"}, "not in the prompt"),
     "subject of no tokens": ({"subject": ""}, "no tokens"),
     "prompt too long": ({"prompt": "a red star and " * 20}, "tokens"),
+    "negative prompt too long": ({"negative_prompt": "red " * 60}, "negative_prompt"),
+    "inversion prompt too long": (
+        {"settings": PrimeComposerSettings(inversion_prompt="red " * 60)},
+        "inversion_prompt",
+    ),
     "empty prompts": ({"prompt": []}, "at least one"),
     "one marker": ({"prompt": "a <ref> red star", "subject": None}, "two around"),
     "markers and subject": ({"prompt": "a <ref> red <ref> star"}, "no subject"),
