@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
@@ -356,7 +357,7 @@ def test_a_bad_story_is_refused_with_the_key(files, out, monkeypatch, before, af
 
 
 @pytest.mark.parametrize(("domain", "preset"), [("same", "photo"), ("cross", "painting")])
-def test_compose_is_that_of_the_pipeline_and_compare_adds_the_paste(model, out, files, domain, preset):
+def test_compose_is_that_of_the_pipeline_and_compare_adds_inpainting(model, out, files, domain, preset):
     ok(compose(model("sd1"), files, "--domain", domain, "--seed", 2, "--compare", "--report", "--set", "tau_a=0.5"))
     expected = PrimeComposerPipeline.from_pretrained(model("sd1"))(
         "a red circle on a navy background",
@@ -373,7 +374,22 @@ def test_compose_is_that_of_the_pipeline_and_compare_adds_the_paste(model, out, 
     )
     assert sorted(os.listdir(out)) == [f"picture.{e}" for e in ("comparison.png", "json", "plain.png", "png")]
     assert same(out / "picture.png", expected.images[0])
-    assert same(out / "picture.plain.png", expected.pastes[0])
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(model("sd1"), requires_safety_checker=False)
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, expected.boxes[0])
+    plain = pipe(
+        "a red circle on a navy background",
+        image=Image.open(files / "background.png").convert("RGB").resize((128, 128)),
+        mask_image=mask,
+        height=128,
+        width=128,
+        num_inference_steps=3,
+        generator=seeded(2),
+        output_type="np",
+    )
+    assert same(out / "picture.plain.png", plain.images[0])
+    with Image.open(out / "picture.comparison.png") as beside:
+        assert beside.width >= 3 * 128  # the pasted pixels, PrimeComposer, inpainting
     data = record(out / "picture.json")
     assert data["method_settings"]["tau_c"] == PrimeComposerSettings.from_preset(preset).tau_c
     assert [step["infuse"] for step in data["log"]] == [True, True, False]
