@@ -93,9 +93,10 @@ class AStarPipeline(ControlPipeline):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if prompts is not None and not prompts:
             raise SettingsError("prompt is an empty list; expected at least one prompt. Write one.")
-        negative = arguments.get("negative_prompt")
-        for text in [negative] if isinstance(negative, str) else negative or []:
-            words.check_length(self._tokenizer, self._converted(text), "negative_prompt")
+        for name in ("negative_prompt", "negative_prompt_2"):
+            negative = arguments.get(name) or []
+            for text in [negative] if isinstance(negative, str) else negative:
+                words.check_length(self._tokenizer, self._converted(text), name)
         sides = arguments.get("height"), arguments.get("width")
         arguments["height"], arguments["width"] = self.size(*sides)
         count = _embedded(arguments) if prompts is None else len(prompts)

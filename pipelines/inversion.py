@@ -83,7 +83,7 @@ def invert(
         raise SettingsError("image is an empty list; expected at least one picture. Pass one.")
     height, width = working_size(pipe, pictures[0].size, height, width)
     if prompt is not None:
-        check_length(pipe.tokenizer, prompt)
+        check_length(pipe.tokenizer, pipe.maybe_convert_prompt(prompt, pipe.tokenizer))
     _, scheduler = solver_pair(pipe.scheduler, solver, steps, pipe._execution_device)
     try:
         clean = encode_pictures(pipe, [resized(item, width, height) for item in pictures])

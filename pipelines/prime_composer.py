@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +111,7 @@ class PrimeComposerPipeline(ControlPipeline):
 
         Args:
             prompt: what the finished picture shows, object and background. Words between two `<ref>` are the subject.
-            background: a PIL image of any mode, or an array (height, width, 3) of uint8 or of floats from 0 to 1;
+            background: a PIL image of 8 bits a channel, or an array (height, width, 3) of uint8 or of floats from 0 to 1;
                 resized to the working size.
             object_image: likewise, of any size.
             object_mask: the object's silhouette in its picture: a mask of the same aspect ratio, cut at one half.
@@ -381,7 +382,7 @@ def _check_model(pipe: Any) -> None:
 
 def _each(value: Any, count: int | None, name: str) -> list[Any]:
     """The value for every prompt; a list of numbers is one box, or the token indices of one phrase."""
-    if not isinstance(value, list) or all(isinstance(item, int | float) for item in value):
+    if not isinstance(value, list) or all(isinstance(item, Real) for item in value):
         return [value] * (count or 1)
     if len(value) != count:
         raise SettingsError(
