@@ -16,12 +16,11 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from .latent_pool import TEXT_LENGTH, LatentPool
 from .sizes import Size
 from .text import build_text_encoder, build_tokenizer
-from .training import Average, Checkpoint, Log, Optimizers, Shards, autocast, learning_rate, step_rng
+from .train_denoiser import Denoising, train_denoiser
 
 PIPELINE_TEXT_LENGTH = 512  # WanPipeline pads prompt embeddings with zeros to this length and attends to all of them
 SHIFT = 3.0  # moves the noise levels of training and sampling towards pure noise
-CAPTION_DROPOUT = 0.1
-FIRST_CHUNKS, CHUNK_EVERY = 3, 150  # chunks of encoded clips at the start, and steps between two new ones
+CHUNKS = 3, 150  # chunks of encoded clips at the start, and steps between two new ones
 
 
 def build_transformer(size: Size) -> WanTransformer3DModel:
@@ -100,44 +99,28 @@ def train_transformer(
     transformer.to(device)
     encoder.to(device)
     use_short_text(transformer, True)
-    optimizers = Optimizers((transformer, encoder), lambda name: name.startswith("blocks."))
-    average = Average({"transformer": transformer, "text_encoder": encoder}, decay=0.999)
-    checkpoint = Checkpoint(out / "transformer.pt", average, optimizers)
-    log = Log(out / "transformer.log")
-    start = checkpoint.load() if resume and checkpoint.path.exists() else 0
-    count = sum(p.numel() for p in optimizers.parameters)
-    log.line(f"transformer and text encoder: {count} parameters, from step {start}")
     pool = LatentPool(out / "latents", size, vae, tokenizer, seed, device)
-    shards = Shards((transformer, encoder), device)
-    empty = torch.tensor(tokenizer("").input_ids + [tokenizer.pad_token_id] * (TEXT_LENGTH - 1), device=device)
 
-    def denoise(
-        modules, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor]:
-        with autocast(device):
-            text = encode_text(modules[1], tokens, tokenizer.pad_token_id)
-            return (flow_loss(modules[0], text, latents, generator),)
+    def loss(modules: Any, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return flow_loss(modules[0], encode_text(modules[1], tokens, tokenizer.pad_token_id), latents, generator)
 
-    sums = torch.zeros(2)
-    for step in range(start, steps):
-        pool.grow(FIRST_CHUNKS + step // CHUNK_EVERY)
-        rng = step_rng(seed, step)
-        latents, tokens = pool.batch(rng, size.batch)
-        dropped = [rng.random() < CAPTION_DROPOUT for _ in range(len(tokens))]
-        tokens[torch.tensor(dropped, device=device)] = empty
-        [loss] = shards.gradient(denoise, (latents, tokens), seed * 1_000_003 + step)
-        optimizers.step(learning_rate(step, steps, 1.0, hold=0.6))
-        average.update(step)
-        sums += torch.tensor([loss, 1.0])
-        if step % 20 == 0:
-            log.progress(step, steps, [("loss", float(sums[0] / sums[1]))])
-            sums.zero_()
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
-            with average.applied():
-                save_pipeline(out / "pipeline", tokenizer, encoder, vae, transformer)
-            facts = {"steps": step + 1, "batch": size.batch, "clips": len(pool), "seed": seed, "pixels": size.pixels}
-            (out / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    def save(done: int) -> None:
+        save_pipeline(out / "pipeline", tokenizer, encoder, vae, transformer)
+        facts = {"steps": done, "batch": size.batch, "clips": len(pool), "seed": seed, "pixels": size.pixels}
+        (out / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    task = Denoising(
+        {"transformer": transformer, "text_encoder": encoder},
+        pool,
+        CHUNKS,
+        torch.tensor(tokenizer("").input_ids + [tokenizer.pad_token_id] * (TEXT_LENGTH - 1), device=device),
+        loss,
+        lambda name: name.startswith("blocks."),
+        save,
+    )
+    train_denoiser(
+        task, steps, size.batch, out / "transformer.pt", resume=resume, seed=seed, device=device, save_every=save_every
+    )
     return WanPipeline.from_pretrained(out / "pipeline")
 
 

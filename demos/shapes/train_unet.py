@@ -16,11 +16,11 @@ from .latent_pool import PicturePool
 from .picture_sizes import PictureSize
 from .picture_text import build_clip_text_encoder, build_clip_tokenizer
 from .scene import caption, sample_scene
-from .training import Average, Checkpoint, Log, Optimizers, Shards, autocast, learning_rate, step_rng
+from .train_denoiser import Denoising, train_denoiser
+from .training import step_rng
 
 SHIFT = 1.5  # moves the noise levels of training towards pure noise
-CAPTION_DROPOUT = 0.1
-FIRST_CHUNKS, CHUNK_EVERY = 8, 100  # chunks of encoded pictures at the start, and steps between two new ones
+CHUNKS = 8, 100  # chunks of encoded pictures at the start, and steps between two new ones
 
 
 def build_unet(size: PictureSize) -> UNet2DConditionModel:
@@ -80,45 +80,29 @@ def train_unet(
     unet.to(device)
     encoder.to(device)
     scheduler = build_scheduler()
-    optimizers = Optimizers((unet, encoder), lambda name: "transformer_blocks" in name)
-    average = Average({"unet": unet, "text_encoder": encoder}, decay=0.999)
-    checkpoint = Checkpoint(out / "unet.pt", average, optimizers)
-    log = Log(out / "unet.log")
-    start = checkpoint.load() if resume and checkpoint.path.exists() else 0
-    count = sum(p.numel() for p in optimizers.parameters)
-    log.line(f"U-Net and text encoder: {count} parameters, from step {start}")
     pool = PicturePool(out / "latents", size, vae, tokenizer, seed, device)
-    shards = Shards((unet, encoder), device)
-    empty = torch.tensor(tokenizer("", padding="max_length").input_ids, device=device)
 
-    def denoise(
-        modules: Any, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor]:
-        with autocast(device):
-            text = modules[1](tokens).last_hidden_state
-            return (velocity_loss(modules[0], scheduler, text, latents, generator),)
+    def loss(modules: Any, latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return velocity_loss(modules[0], scheduler, modules[1](tokens).last_hidden_state, latents, generator)
 
-    sums = torch.zeros(2)
-    for step in range(start, steps):
-        pool.grow(FIRST_CHUNKS + step // CHUNK_EVERY)
-        rng = step_rng(seed, step)
-        latents, tokens = pool.batch(rng, size.batch)
-        dropped = [rng.random() < CAPTION_DROPOUT for _ in range(len(tokens))]
-        tokens[torch.tensor(dropped, device=device)] = empty
-        [loss] = shards.gradient(denoise, (latents, tokens), seed * 1_000_003 + step)
-        optimizers.step(learning_rate(step, steps, 1.0, hold=0.6))
-        average.update(step)
-        sums += torch.tensor([loss, 1.0])
-        if step % 20 == 0:
-            log.progress(step, steps, [("loss", float(sums[0] / sums[1]))])
-            sums.zero_()
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
-            with average.applied():
-                pipe = save_picture_pipeline(out / "pipeline", tokenizer, encoder, vae, unet)
-            facts = {"steps": step + 1, "batch": size.batch, "pictures": len(pool), "seed": seed, "pixels": size.pixels}
-            (out / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-            save_samples(pipe, out / f"unet-{step + 1:05d}.png")
+    def save(done: int) -> None:
+        pipe = save_picture_pipeline(out / "pipeline", tokenizer, encoder, vae, unet)
+        facts = {"steps": done, "batch": size.batch, "pictures": len(pool), "seed": seed, "pixels": size.pixels}
+        (out / "pipeline" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        save_samples(pipe, out / f"unet-{done:05d}.png")
+
+    task = Denoising(
+        {"unet": unet, "text_encoder": encoder},
+        pool,
+        CHUNKS,
+        torch.tensor(tokenizer("", padding="max_length").input_ids, device=device),
+        loss,
+        lambda name: "transformer_blocks" in name,
+        save,
+    )
+    train_denoiser(
+        task, steps, size.batch, out / "unet.pt", resume=resume, seed=seed, device=device, save_every=save_every
+    )
     return StableDiffusionPipeline.from_pretrained(out / "pipeline")
 
 

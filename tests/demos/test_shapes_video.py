@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,20 @@ from attnproc.demos.shapes.render import render
 from attnproc.demos.shapes.scene import FRAMES, caption, is_held_out, sample_scene, vocabulary
 from attnproc.demos.shapes.sizes import SIZES, Stage
 from attnproc.demos.shapes.text import UNKNOWN, build_text_encoder, build_tokenizer
-from attnproc.demos.shapes.train_autoencoder import build_autoencoder, sample_clips, to_model, to_pixels
-from attnproc.demos.shapes.train_transformer import build_transformer, encode_text, flow_loss, use_short_text
+from attnproc.demos.shapes.train_autoencoder import (
+    build_autoencoder,
+    sample_clips,
+    to_model,
+    to_pixels,
+    train_autoencoder,
+)
+from attnproc.demos.shapes.train_transformer import (
+    build_transformer,
+    encode_text,
+    flow_loss,
+    train_transformer,
+    use_short_text,
+)
 from attnproc.demos.shapes.training import Average, Checkpoint, Optimizers, Shards, learning_rate
 
 
@@ -220,3 +233,31 @@ def test_the_published_result_names_its_setting():
     result = json.loads(path.read_text())
     assert result["hardware"] and result["versions"]["torch"]
     assert result["one object"]["clips"] + result["two objects"]["clips"] == result["settings"]["cases"]
+
+
+def test_training_both_halves_gives_a_pipeline_and_resumes(tmp_path):
+    size = replace(
+        SIZES["cpu"],
+        pixels=32,
+        encoder_dim=8,
+        decoder_dim=8,
+        stages=(Stage(0.5, 2, 1, 32), Stage(0.5, 1, 5, 32)),
+        heads=2,
+        head_dim=12,
+        layers=1,
+        ffn_dim=16,
+        text_dim=64,
+        text_layers=1,
+        batch=2,
+    )
+    arguments = {"resume": True, "seed": 0, "device": torch.device("cpu"), "save_every": 2}
+    threads = torch.get_num_threads()
+    try:
+        train_autoencoder(size, 2, tmp_path, **arguments)
+        train_transformer(size, 2, tmp_path, **arguments)
+        pipe = train_transformer(size, 3, tmp_path, **arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert isinstance(pipe, WanPipeline)
+    assert torch.load(tmp_path / "transformer.pt", weights_only=True)["step"] == 3
+    assert "from step 2" in (tmp_path / "transformer.log").read_text()
