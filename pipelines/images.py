@@ -6,6 +6,7 @@ paths of the pictures are returned.
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from attnproc.pipelines.inversion import ORDERS
 from attnproc.pipelines.picture_input import Story, parse_box, parse_layout, read_picture, read_region
 from attnproc.pipelines.picture_job import (
     Made,
+    PictureJob,
     call,
     check_free,
     fill_size,
@@ -29,7 +31,8 @@ from attnproc.pipelines.picture_job import (
     write,
 )
 from attnproc.pipelines.prime_composer import DOMAINS
-from attnproc.pipelines.settings import PictureSettings
+from attnproc.pipelines.settings import EMBEDDED_PICTURES, PictureSettings
+from attnproc.pipelines.wrapping import ControlPipeline
 
 
 def make_images(
@@ -53,6 +56,7 @@ def make_images(
     job = prepare("image", settings, request, count=settings.num_images)
     pipe, controlled, load_seconds = load_pipelines(job, messages)
     fill_size(job, controlled)
+    job = _with_finer_maps(job, controlled)
     draw = functools.partial(controlled, prompt, concepts=words, layout_masks=regions or None, settings=job.options)
     for number, path in enumerate(job.outputs):
         seed = settings.seed + number
@@ -155,6 +159,15 @@ def make_composition(
     report = {"seed": settings.seed, "timings": _timings(load_seconds, made, plain), "log": plan}
     write(job, path, made.pictures[0], other, report, console, beside=shown)
     return job.outputs
+
+
+def _with_finer_maps(job: PictureJob, controlled: ControlPipeline) -> PictureJob:
+    """On shapes-image, whose pictures are small, A-STAR reads the maps at half the latents' sides, unless told."""
+    if job.source.name != EMBEDDED_PICTURES or job.options.attention_resolution is not None:
+        return job
+    sides = controlled.size(job.arguments.get("height"), job.arguments.get("width"))
+    rows, columns = (-(-side // controlled.vae_scale_factor // 2) for side in sides)
+    return replace(job, options=replace(job.options, attention_resolution=(rows, columns)))
 
 
 def _plain_batch(pipe: Any, prompts: list[str], negative_prompt: str | None = None, **arguments: Any) -> Any:

@@ -111,8 +111,8 @@ class PrimeComposerPipeline(ControlPipeline):
 
         Args:
             prompt: what the finished picture shows, object and background. Words between two `<ref>` are the subject.
-            background: a PIL image of 8 bits a channel, or an array (height, width, 3) of uint8 or of floats from 0 to 1;
-                resized to the working size.
+            background: a PIL image of 8 bits a channel, or an array (height, width, 3) of uint8 or of floats from 0 to
+                1; resized to the working size.
             object_image: likewise, of any size.
             object_mask: the object's silhouette in its picture: a mask of the same aspect ratio, cut at one half.
             target: where the object goes: a box (x0, y0, x1, y1) in pixels of the background as given (integers) or

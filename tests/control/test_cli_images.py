@@ -223,6 +223,7 @@ def test_shapes_image_is_the_default_and_is_enlarged(model, out, monkeypatch, tm
     small = AStarPipeline.from_pretrained(model("sd1"))(
         PROMPT,
         concepts=["circle", "star"],
+        settings=AStarSettings(scale_factor=50.0, update_window=(0.0, 0.15), attention_resolution=(8, 8)),
         generator=seeded(),
         num_inference_steps=2,
         guidance_scale=4.0,
@@ -231,6 +232,10 @@ def test_shapes_image_is_the_default_and_is_enlarged(model, out, monkeypatch, tm
     assert np.array_equal(pixels(out / "picture.png"), pixels(small.images[0]).repeat(4, 0).repeat(4, 1))
     data = record(out / "picture.json")
     assert (data["model"], data["upscale"], data["height"]) == ("shapes-image", 4, 128)
+    assert data["method_settings"]["attention_resolution"] == [8, 8]
+    flags = ("--steps", 2, "--set", "attention_resolution=[4, 4]", "--report", "--output", "told.png")
+    ok(run("image", PROMPT, "--concepts", "circle,star", *flags))
+    assert record(out / "told.json")["method_settings"]["attention_resolution"] == [4, 4]
 
 
 def test_steps_guidance_and_settings_that_suit_shapes_image_are_its_own(model, out, monkeypatch, tmp_path):
