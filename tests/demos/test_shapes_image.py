@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 
 from attnproc.demos.shapes import shapes_image_path
 from attnproc.demos.shapes.detect import detect
@@ -15,7 +16,7 @@ from attnproc.demos.shapes.latent_pool import PicturePool
 from attnproc.demos.shapes.picture_sizes import PICTURES, PictureSize
 from attnproc.demos.shapes.picture_text import TEXT_LENGTH, build_clip_text_encoder, build_clip_tokenizer
 from attnproc.demos.shapes.render import render
-from attnproc.demos.shapes.scene import caption, is_held_out, parse, sample_scene, vocabulary
+from attnproc.demos.shapes.scene import Look, Object, Scene, caption, is_held_out, parse, sample_scene, vocabulary
 from attnproc.demos.shapes.train_autoencoder import to_model
 from attnproc.demos.shapes.train_picture_autoencoder import (
     build_picture_autoencoder,
@@ -188,3 +189,22 @@ def test_the_shipped_model_draws_what_captions_of_one_object_say(shipped):
 def test_the_shipped_model_gives_pictures_back_after_inversion(shipped):
     result = inversion_psnr(shipped, 6, 30)
     assert result["mean"] >= 25 and result["pictures"] == 6
+
+
+def test_the_shipped_model_recolors_a_picture_by_img2img(shipped):
+    star = Object(Look("star", "red", "plain", None, "rest"), 32.0, 32.0, 16.0, 0.0)
+    picture = Image.fromarray(render(Scene((star,), "navy", "navy"), 128, 1)[0])
+    pipe = StableDiffusionImg2ImgPipeline(**shipped.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        ["a plain green star on a navy background"] * 3,
+        image=picture,
+        strength=0.8,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+    ).images
+    found = [detect(np.asarray(image))[0] for image in images]
+    assert [one.look.shape for one in found] == ["star"] * 3
+    assert sum(one.look.color == "green" for one in found) >= 2
+    assert all(np.hypot(one.position[0] - 32, one.position[1] - 32) < 8 for one in found)
