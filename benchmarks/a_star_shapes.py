@@ -2,7 +2,7 @@
 
 Captions of two and three objects from the combinations held out of training, at fixed seeds; the detector reads the
 pictures back. The plain pipeline, the Attend-and-Excite objective and A-STAR start from the same noise. Once more
-A-STAR is told a box for each object, which the captions do not say.
+A-STAR is told a place for each object, a disk, which the captions do not say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from attnproc.control.a_star import AStarSettings
 from attnproc.demos.shapes import shapes_image_path
-from attnproc.demos.shapes.detect import Detection, agreement, detect, match
+from attnproc.demos.shapes.detect import agreement, detect, match
 from attnproc.demos.shapes.evaluate import Case
 from attnproc.demos.shapes.scene import REACH, WORLD, Look, Object, Scene, caption, sample_scene
 from attnproc.files import write_text
@@ -39,6 +39,7 @@ RUN: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 SHARED: dict[str, Any] = {"scale_factor": 50.0, "update_window": (0.0, 0.15), "attention_resolution": (16, 16)}
 BASELINE = AStarSettings(objective="attend_and_excite", **SHARED)
 METHOD = AStarSettings(**SHARED)
+PLACED = METHOD
 CONCEPT = "phrase"
 SCORES = ("objects", "color", "color and shape", "everything", "in place")
 
@@ -61,18 +62,21 @@ def concept(look: Look, kind: str) -> str:
     return f"{colors} {look.shape}" if kind == "colored" else f"{look.texture} {colors} {look.shape}"
 
 
-def box(item: Object) -> tuple[float, float, float, float]:
-    """The box (x0, y0, x1, y1) around an object, in fractions of the picture."""
-    reach = REACH[item.look.shape] * item.radius
-    corners = (item.x - reach, item.y - reach, item.x + reach, item.y + reach)
-    x0, y0, x1, y1 = (min(1.0, max(0.0, corner / WORLD)) for corner in corners)
-    return x0, y0, x1, y1
+def covers(item: Object, x: Any, y: Any) -> Any:
+    """Whether the smallest disk around an object has these points in it; world units."""
+    return np.hypot(x - item.x, y - item.y) <= REACH[item.look.shape] * item.radius
+
+
+def disk(item: Object) -> np.ndarray:
+    """That disk as a mask, boolean (64, 64)."""
+    centers = np.arange(0.5, WORLD)
+    return covers(item, centers, centers[:, None])
 
 
 def score(scene: Scene, picture: np.ndarray) -> dict[str, float]:
     """Share of objects with the right colours; 1.0 if all have; and shape; and texture, with no object too many.
 
-    At last the share of objects for which something of their colours has its centre in their box.
+    At last the share of objects for which something of their colours has its centre in their disk.
     """
     looks, found = [item.look for item in scene.objects], detect(picture)
     right = [agreement(look, item) for look, item in zip(looks, match(looks, found), strict=True)]
@@ -80,22 +84,18 @@ def score(scene: Scene, picture: np.ndarray) -> dict[str, float]:
     shape = all(item["color"] and item["shape"] for item in right)
     everything = shape and all(item["texture"] for item in right) and len(found) == len(looks)
     placed = [
-        any(agreement(item.look, one)["color"] and _inside(box(item), one) for one in found) for item in scene.objects
+        any(agreement(item.look, one)["color"] and covers(item, *one.position) for one in found)
+        for item in scene.objects
     ]
     return dict(zip(SCORES, map(float, (objects, objects == 1.0, shape, everything, np.mean(placed))), strict=True))
 
 
-def _inside(corners: tuple[float, float, float, float], found: Detection) -> bool:
-    (x, y), (x0, y0, x1, y1) = found.position, corners
-    return x0 <= x / WORLD <= x1 and y0 <= y / WORLD <= y1
-
-
 @dataclass(frozen=True)
 class Way:
-    """How pictures are made: by A-STAR with these settings, or None for the plain pipeline; and with boxes or not."""
+    """How pictures are made: by A-STAR with these settings, or None for the plain pipeline; and told places or not."""
 
     settings: AStarSettings | None = None
-    boxes: bool = False
+    places: bool = False
 
 
 def generate(pipe: Any, cases: Sequence[Case], way: Way, kind: str) -> np.ndarray:
@@ -111,7 +111,7 @@ def generate(pipe: Any, cases: Sequence[Case], way: Way, kind: str) -> np.ndarra
     else:
         concepts = [[concept(look, kind) for look in case.scene.looks] for case in cases]
         layouts = [
-            dict(zip(named, map(box, case.scene.objects), strict=True)) if way.boxes else None
+            dict(zip(named, map(disk, case.scene.objects), strict=True)) if way.places else None
             for named, case in zip(concepts, cases, strict=True)
         ]
         images = AStarPipeline(pipe)(concepts=concepts, layout_masks=layouts, settings=way.settings, **arguments).images
@@ -130,7 +130,7 @@ def run(
     scores = [score(case.scene, picture) for case, picture in zip(cases, pictures, strict=True)]
     row: dict[str, Any] = {
         "settings": None if way.settings is None else asdict(way.settings),
-        "boxes": way.boxes,
+        "places": way.places,
         "seconds": round(seconds, 1),
     }
     for count in (2, 3):
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--concept", choices=("shape", "colored", "phrase"), default=CONCEPT)
     parser.add_argument("--excite", type=json.loads, default={}, help="JSON: other settings of the baseline")
     parser.add_argument("--a-star", type=json.loads, default={}, help="JSON: other settings of A-STAR")
-    parser.add_argument("--boxes", type=json.loads, default={}, help="JSON: other settings of A-STAR with boxes")
+    parser.add_argument("--places", type=json.loads, default={}, help="JSON: other settings of A-STAR with places")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file of the result")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG file of the first pictures")
     args = parser.parse_args()
@@ -202,7 +202,7 @@ def main() -> None:
         "plain": Way(),
         "Attend-and-Excite": Way(replace(BASELINE, **args.excite)),
         "A-STAR": Way(replace(METHOD, **args.a_star)),
-        "A-STAR, boxes": Way(replace(METHOD, **args.boxes), boxes=True),
+        "A-STAR, places": Way(replace(PLACED, **args.places), places=True),
     }
     rows: dict[str, dict[str, Any]] = {}
     scores: dict[str, list[dict[str, float]]] = {}
