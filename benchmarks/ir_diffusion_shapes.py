@@ -251,9 +251,9 @@ def run_method(pipe: Any, story: Story, plain: Rehearsal, settings: IRSettings, 
 
 
 def _region(one: Appearance | None) -> tuple[float, float, float, float]:
-    """The box around an object in fractions of the picture; the whole picture where there is none."""
+    """The box around an object in fractions of the picture; most of the picture where there is none."""
     if one is None:
-        return (0.0, 0.0, 1.0, 1.0)
+        return (0.05, 0.05, 0.95, 0.95)
     (x, y), reach = one.found.position, REACH[one.found.look.shape] * one.found.radius
     corners = (x - reach, y - reach, x + reach, y + reach)
     return tuple(min(1.0, max(0.0, corner / WORLD)) for corner in corners)  # type: ignore[return-value]
