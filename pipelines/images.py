@@ -56,7 +56,7 @@ def make_images(
     job = prepare("image", settings, request, count=settings.num_images)
     pipe, controlled, load_seconds = load_pipelines(job, messages)
     fill_size(job, controlled)
-    job = _with_finer_maps(job, controlled)
+    job = _tuned(job, controlled, placed=len(regions) == len(words))
     draw = functools.partial(controlled, prompt, concepts=words, layout_masks=regions or None, settings=job.options)
     for number, path in enumerate(job.outputs):
         seed = settings.seed + number
@@ -161,13 +161,23 @@ def make_composition(
     return job.outputs
 
 
-def _with_finer_maps(job: PictureJob, controlled: ControlPipeline) -> PictureJob:
-    """On shapes-image, whose pictures are small, A-STAR reads the maps at half the latents' sides, unless told."""
-    if job.source.name != EMBEDDED_PICTURES or job.options.attention_resolution is not None:
+def _tuned(job: PictureJob, controlled: ControlPipeline, placed: bool) -> PictureJob:
+    """On shapes-image the settings that `benchmarks.a_star_shapes` found, but for those that were given.
+
+    placed: every concept has a region, which keeps them apart by itself.
+    """
+    if job.source.name != EMBEDDED_PICTURES:
         return job
     sides = controlled.size(job.arguments.get("height"), job.arguments.get("width"))
+    # Its pictures are small: the maps at half the latents' sides, not at a quarter.
     rows, columns = (-(-side // controlled.vae_scale_factor // 2) for side in sides)
-    return replace(job, options=replace(job.options, attention_resolution=(rows, columns)))
+    tuned: dict[str, Any] = {"scale_factor": 50.0, "attention_resolution": (rows, columns)}
+    if placed:
+        tuned |= {"lambda_seg": 0.0, "update_window": (0.0, 0.5)}
+    else:
+        tuned |= {"update_window": (0.0, 0.15)}
+    new = {name: value for name, value in tuned.items() if name not in job.settings.set}
+    return replace(job, options=replace(job.options, **new))
 
 
 def _plain_batch(pipe: Any, prompts: list[str], negative_prompt: str | None = None, **arguments: Any) -> Any:

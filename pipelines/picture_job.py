@@ -56,9 +56,8 @@ SHAPES_CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 # By the command that runs them.
 CONTROL_METHODS = {
-    "image": ControlMethod(
-        "A-STAR", AStarPipeline, AStarSettings, {"scale_factor": 50.0, "update_window": (0.0, 0.15)}, SHAPES_CALL
-    ),
+    # What suits shapes-image follows from the call, see `images.make_images`.
+    "image": ControlMethod("A-STAR", AStarPipeline, AStarSettings, {}, SHAPES_CALL),
     # A portrait's text in the first steps moves objects out of the places where the plain pipeline puts them.
     "story": ControlMethod(
         "IR-Diffusion", IRDiffusionPipeline, IRSettings, {"experimental": True, "text_steps": (0.2, 1.0)}, SHAPES_CALL

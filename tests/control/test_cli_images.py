@@ -236,6 +236,10 @@ def test_shapes_image_is_the_default_and_is_enlarged(model, out, monkeypatch, tm
     flags = ("--steps", 2, "--set", "attention_resolution=[4, 4]", "--report", "--output", "told.png")
     ok(run("image", PROMPT, "--concepts", "circle,star", *flags))
     assert record(out / "told.json")["method_settings"]["attention_resolution"] == [4, 4]
+    layout = ("--layout", "circle=0,0,64,64", "--layout", "star=64,64,64,64")
+    ok(run("image", PROMPT, "--concepts", "circle,star", "--steps", 2, *layout, "--report", "--output", "placed.png"))
+    chosen = record(out / "placed.json")["method_settings"]
+    assert (chosen["lambda_seg"], chosen["update_window"]) == (0.0, [0.0, 0.5])
 
 
 def test_steps_guidance_and_settings_that_suit_shapes_image_are_its_own(model, out, monkeypatch, tmp_path):
