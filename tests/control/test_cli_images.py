@@ -214,6 +214,33 @@ def test_a_folder_gets_numbered_pictures(model, out):
     assert sorted(os.listdir(out / "new")) == ["picture-1.json", "picture-1.png", "picture-2.json", "picture-2.png"]
 
 
+def test_one_side_alone_is_that_of_both_pictures_and_of_the_report(model, out, tmp_path):
+    star = "{prompt: a striped red star on a navy background, word: star}"
+    (tmp_path / "one.yaml").write_text(
+        f"subjects: [{star}]\nscenes: [{{prompt: a striped red star on a gray background}}]"
+    )
+    ok(image(model("sd1"), "--height", 64, "--compare", "--report"))
+    ok(
+        run(
+            "story",
+            tmp_path / "one.yaml",
+            "--output",
+            "story.png",
+            "--model",
+            model("sd1"),
+            "--steps",
+            2,
+            "--width",
+            192,
+            "--compare",
+        )
+    )
+    assert {Image.open(out / name).size for name in ("picture.png", "picture.plain.png")} == {(128, 64)}
+    data = record(out / "picture.json")
+    assert (data["call"]["height"], data["call"]["width"]) == (data["height"], data["width"]) == (64, 128)
+    assert {Image.open(out / name).size for name in ("story.png", "story.plain.png")} == {(192, 128)}
+
+
 def test_shapes_image_is_the_default_and_is_enlarged(model, out, monkeypatch, tmp_path):
     monkeypatch.setattr("attnproc.demos.shapes.MODELS", tmp_path)
     result = run("image", PROMPT, "--concepts", "circle")
