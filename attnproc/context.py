@@ -37,6 +37,18 @@ class Site:
     stats: SiteStats
 
 
+class Constants(dict[Any, Any]):
+    """What follows from sizes and settings, by key; the latest alone, as a service may see ever new sizes."""
+
+    MOST = 64
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        while len(self) > self.MOST:
+            del self[next(iter(self))]
+
+
 class Loop:
     """A walk through a schedule. The denoisers that take part in it (two experts) count from the same start."""
 
@@ -69,7 +81,7 @@ class RunContext:
         self.scheduler = scheduler
         self.sites: list[Site] = []
         self.step = Step(0, None, "call0", None)
-        self.cache: dict[Any, Any] = {}
+        self.cache = Constants()
         self._states: dict[tuple[int, str], dict[Any, Any]] = {}
         self._warned: set[str] = set()
         self._named: tuple[str, dict[str, Any]] | None = None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import attnproc
-from attnproc.context import Loop, context_of
+from attnproc.context import Constants, Loop, context_of
 
 BOTH, ONE, BATCHED = ("cond", "uncond"), ("cond",), ("cond_uncond",)
 TRACES = {
@@ -57,6 +57,19 @@ def test_runs_repeat_and_sizes_may_change(pipeline_name, tiny_pipelines, generat
     report = attnproc.report(pipe)
     calls = len(TRACES[pipeline_name])
     assert all((site.dense_calls, site.sparse_calls) == (2 * calls, calls) for site in report.sites)
+
+
+def test_what_is_kept_for_sizes_is_bounded_and_the_latest(tiny_models, run):
+    model, inputs = tiny_models["wan"].model(), tiny_models["wan"].inputs(1)
+    with attnproc.using(model, attnproc.RadialAttnProcessor(block_size=16, dense_steps=(0, 0), dense_layers=0)):
+        run(model, inputs)
+        cache = context_of(model).cache
+        assert isinstance(cache, Constants) and 0 < len(cache) <= Constants.MOST
+    kept = Constants()
+    for number in range(3 * Constants.MOST):
+        kept[number] = number
+        kept["used"] = number
+    assert len(kept) == Constants.MOST and kept["used"] == kept[number] == number and 0 not in kept
 
 
 def test_warm_up_settings_choose_steps_and_layers(wan, generate, random_mask):
