@@ -183,7 +183,7 @@ def save_sheet(path: Path, cases: Sequence[Case], pictures: dict[str, list[np.nd
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.a_star_shapes", description=__doc__)
-    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--model", type=Path, default=None, help="pipeline folder; the shipped one by default")
