@@ -28,6 +28,7 @@ __all__ = ["IRDiffusionPipeline", "IROutput", "IRSettings", "Scene", "Subject"]
 Generators = torch.Generator | list[torch.Generator] | None
 
 DEFAULTS = IRSettings()
+NEGATIVE = ("negative_prompt", "negative_prompt_2")
 SDXL = "StableDiffusionXLPipeline"
 # What this pipeline itself passes on, or cannot: several prompts and pictures go through one call.
 RESERVED = ("prompt", "prompt_2", "prompt_embeds", "negative_prompt_embeds", "latents", "return_dict")
@@ -111,7 +112,7 @@ class IRDiffusionPipeline(ControlPipeline):
             scenes_per_batch: how many scenes are denoised with the portraits at a time; all by default. Fewer need
                 less memory, and denoise the portraits again for each batch, to the same pictures (with a scheduler
                 that draws noise only where each picture has a generator).
-            arguments: of the diffusers pipeline. A list as `negative_prompt` has one for each portrait and scene.
+            arguments: of the diffusers pipeline. A list of negative prompts has one for each portrait and scene.
 
         Raises:
             SettingsError: an argument does not fit; a region is empty, outside or of another shape, or covers a whole
@@ -229,8 +230,9 @@ class _Call:
         subjects = len(self.subjects)
         images = [*range(subjects), *(subjects + n for n in chosen)]
         arguments = dict(self.arguments)
-        if isinstance(arguments.get("negative_prompt"), list):
-            arguments["negative_prompt"] = [arguments["negative_prompt"][n] for n in images]
+        for name in NEGATIVE:
+            if isinstance(arguments.get(name), list):
+                arguments[name] = [arguments[name][n] for n in images]
         arguments["generator"] = [generator[n] for n in images] if isinstance(generator, list) else generator
         layouts: list[dict[Grid, Layout]] = [{} for _ in chosen]
         with ExitStack() as stack:
@@ -277,18 +279,20 @@ class _Call:
             )
         if not self.scenes:
             raise SettingsError("no scenes came; expected at least one Scene.")
-        negative, count = self.arguments.get("negative_prompt"), len(self.subjects) + len(self.scenes)
-        if isinstance(negative, list) and len(negative) != count:
-            raise SettingsError(
-                f"{len(negative)} negative prompts came for {len(self.subjects)} portraits and {len(self.scenes)} "
-                "scenes; expected one text for all, or one for each, portraits first."
-            )
-        if isinstance(negative, str):
-            self.arguments["negative_prompt"] = [negative] * count
+        count = len(self.subjects) + len(self.scenes)
+        for name in NEGATIVE:
+            negative = self.arguments.get(name)
+            if isinstance(negative, list) and len(negative) != count:
+                raise SettingsError(
+                    f"{len(negative)} negative prompts came for {len(self.subjects)} portraits and {len(self.scenes)} "
+                    f"scenes as {name}; expected one text for all, or one for each, portraits first."
+                )
+            if isinstance(negative, str):
+                self.arguments[name] = [negative] * count
 
     def _check_lengths(self) -> None:
         prompts = [(prompt, "prompt") for prompt in self.prompts]
-        prompts += [(prompt, "negative_prompt") for prompt in self.arguments.get("negative_prompt") or ()]
+        prompts += [(prompt, name) for name in NEGATIVE for prompt in self.arguments.get(name) or ()]
         for prompt, what in dict.fromkeys(prompts):
             check_length(self.pipeline._tokenizer, self.pipeline._converted(prompt), what)
 
@@ -346,8 +350,9 @@ class _Call:
             return self.pictures[number]
         own = ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type")
         arguments = {name: value for name, value in self.arguments.items() if name not in own}
-        if isinstance(arguments.get("negative_prompt"), list):
-            arguments["negative_prompt"] = arguments["negative_prompt"][number]
+        for name in NEGATIVE:
+            if isinstance(arguments.get(name), list):
+                arguments[name] = arguments[name][number]
         return self.pipe(prompt=self.prompts[number], latents=noise, **arguments).images[0]
 
 

@@ -297,10 +297,13 @@ def test_a_story_is_its_scenes_one_by_one(make_pipe):
     assert not together[1].layouts[16, 16].targets[0].any()
 
 
-def test_negative_prompts_of_a_story_go_with_their_pictures(make_pipe):
-    pipe = IRDiffusionPipeline(make_pipe("sd1"))
+@pytest.mark.parametrize("version", ["sd1", "sdxl"])
+def test_negative_prompts_of_a_story_go_with_their_pictures(make_pipe, version):
+    pipe = IRDiffusionPipeline(make_pipe(version))
     negative = ["green", "white", "pink", "orange"]
     arguments = {"settings": KNOWN, "negative_prompt": negative, "guidance_scale": 4.0, **RUN}
+    if version == "sdxl":
+        arguments["negative_prompt_2"] = negative[::-1]
     one = pipe.story([STAR, CIRCLE], [SCENE, SCENE], generator=seeds(4), **arguments)
     other = pipe.story([STAR, CIRCLE], [SCENE, SCENE], generator=seeds(4), scenes_per_batch=1, **arguments)
     for a, b in zip(one, other, strict=True):
@@ -601,6 +604,8 @@ def test_output_types_are_those_of_diffusers(make_pipe):
         ({"prompt": "a"}, "prompt"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt"),
         ({"negative_prompt": ["a"]}, "1 negative prompts"),
+        ({"negative_prompt_2": ["a"]}, "1 negative prompts .* as negative_prompt_2"),
+        ({"negative_prompt_2": "a red star " * 20}, "the negative_prompt_2 'a red star .* at most 40"),
         ({"generator": seeds(2)}, "2 generators"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
