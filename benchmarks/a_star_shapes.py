@@ -31,16 +31,14 @@ from attnproc.demos.shapes.evaluate import Case
 from attnproc.demos.shapes.scene import REACH, WORLD, Look, Object, Scene, caption, sample_scene
 from attnproc.files import write_text
 from attnproc.pipelines.a_star import AStarPipeline
+from attnproc.pipelines.picture_job import SHAPES_A_STAR, SHAPES_CALL, SHAPES_LAYOUT
 from benchmarks import machine
 
 RESULT = Path(__file__).parent / "results" / "a-star-shapes-image.json"
-RUN: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
-# What tuning on other seeds found best for shapes-image.
-SHARED: dict[str, Any] = {"update_window": (0.0, 0.15), "attention_resolution": (16, 16)}
-BASELINE = AStarSettings(objective="attend_and_excite", scale_factor=20.0, **SHARED)
-METHOD = AStarSettings(scale_factor=50.0, **SHARED)
-# Given places keep the concepts apart by themselves.
-PLACED = replace(METHOD, lambda_seg=0.0, update_window=(0.0, 0.5))
+# All settings were chosen on other seeds.
+METHOD = AStarSettings(**SHAPES_A_STAR, attention_resolution=(16, 16))
+BASELINE = replace(METHOD, objective="attend_and_excite", scale_factor=20.0)
+PLACED = AStarSettings(**SHAPES_LAYOUT, attention_resolution=(16, 16))
 CONCEPT = "phrase"
 SCORES = ("objects", "color", "color and shape", "everything", "in place")
 
@@ -105,7 +103,7 @@ def generate(pipe: Any, cases: Sequence[Case], way: Way, kind: str) -> np.ndarra
         "prompt": [case.prompt for case in cases],
         "generator": [torch.Generator().manual_seed(case.seed) for case in cases],
         "output_type": "np",
-        **RUN,
+        **SHAPES_CALL,
     }
     if way.settings is None:
         images = pipe(**arguments).images
@@ -216,7 +214,7 @@ def main() -> None:
     result = {
         "what": "share of held-out captions of which shapes-image draws every object right, read back by the detector",
         "rows": rows,
-        "run": {**RUN, "cases": args.cases, "seed": args.seed, "concept": args.concept, "dtype": "float32"},
+        "run": {**SHAPES_CALL, "cases": args.cases, "seed": args.seed, "concept": args.concept, "dtype": "float32"},
         "training": json.loads(training.read_text()) if training.exists() else None,
         "machine": machine.describe(),
     }

@@ -50,6 +50,7 @@ from attnproc.demos.shapes.detect import BRIGHT, Detection, agreement, detect
 from attnproc.demos.shapes.scene import COLORS, REACH, WORLD, Look, caption, sample_look
 from attnproc.files import write_text
 from attnproc.pipelines.ir_diffusion import IRDiffusionPipeline, Scene, Subject
+from attnproc.pipelines.picture_job import CONTROL_METHODS
 
 from . import machine
 
@@ -61,8 +62,7 @@ SHOWN = 6  # stories on the sheet
 PALETTE = np.asarray(list(COLORS.values()), np.float32)
 NOTHING: dict[str, Any] = {"extended_steps": (0.0, 0.0), "isolation_steps": (0.0, 0.0), "lam": 0.0}
 ON = (0.0, 1.0)
-# The portrait's text in the first steps moves objects out of the places that the rehearsal found.
-SETTINGS: dict[str, Any] = {"experimental": True, "text_steps": (0.2, 1.0)}
+SETTINGS = dict(CONTROL_METHODS["story"].embedded)
 METHOD: dict[str, dict[str, Any]] = {"IR-Diffusion": SETTINGS}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "isolation only": {**SETTINGS, **NOTHING, "isolation_steps": ON},

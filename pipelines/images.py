@@ -16,9 +16,12 @@ from rich.console import Console
 
 from attnproc.control.prime_composer import PrimeComposerSettings, steps_of
 from attnproc.errors import SettingsError
-from attnproc.pipelines.inversion import ORDERS
+from attnproc.pipelines.inversion import ORDERS, resized
 from attnproc.pipelines.picture_input import Story, parse_box, parse_layout, read_picture, read_region
 from attnproc.pipelines.picture_job import (
+    SHAPES_A_STAR,
+    SHAPES_CALL,
+    SHAPES_LAYOUT,
     Made,
     PictureJob,
     call,
@@ -154,7 +157,9 @@ def make_composition(
     if settings.compare:
         inpainting = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
         draw_plain = functools.partial(_inpaint, inpainting, prompt, background, made)
-        plain = call(job, f"inpainting {path.name}", settings.seed, inpainting, draw_plain)
+        usual = SHAPES_CALL if job.source.name == EMBEDDED_PICTURES else {}
+        plain_job = replace(job, arguments={**usual, **job.arguments})
+        plain = call(plain_job, f"inpainting {path.name}", settings.seed, inpainting, draw_plain)
         other, shown = ("plain inpainting", plain.pictures[0]), {"pasted pixels": made.output.pastes[0]}
     report = {"seed": settings.seed, "timings": _timings(load_seconds, made, plain), "log": plan}
     write(job, path, made.pictures[0], other, report, console, beside=shown)
@@ -162,20 +167,13 @@ def make_composition(
 
 
 def _tuned(job: PictureJob, controlled: ControlPipeline, placed: bool) -> PictureJob:
-    """On shapes-image the settings that `benchmarks.a_star_shapes` found, but for those that were given.
-
-    placed: every concept has a region, which keeps them apart by itself.
-    """
+    """On shapes-image the settings that suit it, but for those that were given; placed: every concept has a region."""
     if job.source.name != EMBEDDED_PICTURES:
         return job
     sides = controlled.size(job.arguments.get("height"), job.arguments.get("width"))
     # Its pictures are small: the maps at half the latents' sides, not at a quarter.
     rows, columns = (-(-side // controlled.vae_scale_factor // 2) for side in sides)
-    tuned: dict[str, Any] = {"scale_factor": 50.0, "attention_resolution": (rows, columns)}
-    if placed:
-        tuned |= {"lambda_seg": 0.0, "update_window": (0.0, 0.5)}
-    else:
-        tuned |= {"update_window": (0.0, 0.15)}
+    tuned = {**(SHAPES_LAYOUT if placed else SHAPES_A_STAR), "attention_resolution": (rows, columns)}
     new = {name: value for name, value in tuned.items() if name not in job.settings.set}
     return replace(job, options=replace(job.options, **new))
 
@@ -190,8 +188,8 @@ def _inpaint(pipe: Any, prompt: str, background: Image.Image, made: Made, **argu
     size = made.pictures[0].size
     mask = Image.new("L", size)
     mask.paste(255, made.output.boxes[0])
-    usual = {"num_inference_steps": len(made.step_seconds), "height": size[1], "width": size[0]}
-    return pipe(prompt, image=background.resize(size), mask_image=mask, **{**arguments, **usual})
+    same = {"num_inference_steps": len(made.step_seconds), "height": size[1], "width": size[0]}
+    return pipe(prompt, image=resized(background, *size), mask_image=mask, **{**arguments, **same})
 
 
 def _places(scene: Any) -> dict[str, Any]:

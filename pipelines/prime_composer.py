@@ -176,7 +176,10 @@ class PrimeComposerPipeline(ControlPipeline):
             noise,
         )
         check_length(self._tokenizer, self._converted(settings.inversion_prompt or ""), "inversion_prompt")
-        tasks = [self._task(domain, size, *row) for row in zip(*columns, strict=True)]
+        tasks = []
+        # Not a comprehension: in Python 3.11 that is one more frame between a warning and the caller it points at.
+        for row in zip(*columns, strict=True):
+            tasks.append(self._task(domain, size, *row))
         self.pipe._guidance_rescale = 0.0
         self.pipe._clip_skip = self.pipe._cross_attention_kwargs = None
         self.pipe._interrupt = False

@@ -49,6 +49,8 @@ class ControlPipeline:
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None. diffusers takes its own for both if one is None."""
+        if height is not None and width is not None:
+            return height, width
         own = self.pipe.unet.config.sample_size
         rows, columns = (own, own) if isinstance(own, int) else own
         scale = self.pipe.vae_scale_factor

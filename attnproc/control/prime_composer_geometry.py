@@ -118,7 +118,7 @@ def _target_box(target: Region, size: tuple[int, int], height: int, width: int) 
         mask = region_mask(target, size[1], size[0], "target")
         part = _largest_part(mask)
         if int(part.sum()) < int(mask.sum()):
-            warnings.warn("target has several parts; the largest is taken", AttnProcWarning, stacklevel=4)
+            warnings.warn("target has several parts; the largest is taken", AttnProcWarning, stacklevel=6)
         top, bottom, left, right = bounding_box(part)
         x0, y0, x1, y1 = _scaled((left, top, right, bottom), size, height, width)
     asked = f"target is the box {(x0, y0, x1, y1)} in the working size {width} x {height}"
@@ -127,7 +127,7 @@ def _target_box(target: Region, size: tuple[int, int], height: int, width: int) 
     if x1 - x0 > width or y1 - y0 > height:
         raise SettingsError(f"{asked}, larger than the picture; expected one that fits. Shrink it.")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        warnings.warn(f"{asked}: box and object are cut at the border", AttnProcWarning, stacklevel=4)
+        warnings.warn(f"{asked}: box and object are cut at the border", AttnProcWarning, stacklevel=6)
     return x0, y0, x1, y1
 
 

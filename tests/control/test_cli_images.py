@@ -220,21 +220,8 @@ def test_one_side_alone_is_that_of_both_pictures_and_of_the_report(model, out, t
         f"subjects: [{star}]\nscenes: [{{prompt: a striped red star on a gray background}}]"
     )
     ok(image(model("sd1"), "--height", 64, "--compare", "--report"))
-    ok(
-        run(
-            "story",
-            tmp_path / "one.yaml",
-            "--output",
-            "story.png",
-            "--model",
-            model("sd1"),
-            "--steps",
-            2,
-            "--width",
-            192,
-            "--compare",
-        )
-    )
+    flags = ("--model", model("sd1"), "--steps", 2, "--width", 192, "--compare", "--output", "story.png")
+    ok(run("story", tmp_path / "one.yaml", *flags))
     assert {Image.open(out / name).size for name in ("picture.png", "picture.plain.png")} == {(128, 64)}
     data = record(out / "picture.json")
     assert (data["call"]["height"], data["call"]["width"]) == (data["height"], data["width"]) == (64, 128)

@@ -70,6 +70,11 @@ def pipe(make_pipe):
     return make_pipe("sd2")
 
 
+def pointed_at(told):
+    """Files of the lines that our warnings name."""
+    return {warning.filename for warning in told if warning.category is AttnProcWarning}
+
+
 def outside(latents):
     kept = torch.ones(latents.shape[-2:], dtype=torch.bool)
     kept[INSIDE] = False
@@ -217,8 +222,9 @@ def test_every_setting_changes_the_picture(pipe, compose):
 
 def test_infusion_and_word_regions_are_live(either, compose, monkeypatch):
     base = compose(either).images
-    with pytest.warns(AttnProcWarning, match="subject=None"):
+    with pytest.warns(AttnProcWarning, match="subject=None") as told:
         free = compose(either, subject=None).images
+    assert pointed_at(told) == {__file__}
     assert not torch.allclose(base, free, atol=1e-6)
     monkeypatch.setattr(prime_composer._Generator, "_capture", lambda *_: None)
     assert not torch.allclose(base, compose(either).images, atol=1e-6)
@@ -316,8 +322,9 @@ def test_half_precision_runs_and_keeps_the_background(either, compose, dtype):
 
 
 def test_object_pixels_over_the_border_fall_away(pipe, compose):
-    with pytest.warns(AttnProcWarning, match="cut at the border"):
+    with pytest.warns(AttnProcWarning, match="cut at the border") as told:
         assert compose(pipe, target=(80, 80, 150, 150)).images.isfinite().all()
+    assert pointed_at(told) == {__file__}
 
 
 def test_with_lora_weights(pipe, compose):
