@@ -476,12 +476,17 @@ def test_attend_and_excite_raises_the_most_neglected_concept(softmax, kept):
     assert step.peaks[0] == pytest.approx([1 - lack for lack in lacks])
 
 
-def test_attend_and_excite_lowers_its_loss():
+def test_attend_and_excite_lowers_its_loss_as_its_gradient_says():
     attend = lambda z: nullcontext((3 * z).permute(0, 2, 3, 1).softmax(-1))  # noqa: E731
-    settings = AStarSettings(objective="attend_and_excite", scale_factor=0.3, log_loss_change=True)
+    # Even maps and a small step: the sharpened softmax of uneven ones is flat, and a large step goes past the lowest.
+    latents, scale = 0.02 * torch.randn(1, 5, 4, 4, dtype=torch.float64), 1e-7
+    settings = AStarSettings(objective="attend_and_excite", scale_factor=scale, log_loss_change=True)
     control = AStarController([[(1,), (2,)]], settings, (4, 4), 5)
-    control.update(torch.randn(1, 5, 4, 4, dtype=torch.float64), 0, 9, attend)
-    assert control.log[0].loss_change[0] > 0
+    control.update(latents, 0, 9, attend)
+    step = control.log[0]
+    squared_gradient = step.step_rms[0] ** 2 * latents.numel() / scale**2
+    assert squared_gradient > 0
+    assert step.loss_change[0] * step.loss[0] == pytest.approx(scale * squared_gradient, rel=1e-3)
 
 
 def test_token_softmax_is_off_for_a_star_and_on_for_attend_and_excite():
