@@ -1,7 +1,8 @@
 """Block-sparse attention on the CPU.
 
-Masks of whole, equally large blocks run on torch's flash kernel (see `cpu_flash`). All else is the online softmax over
-gathered key blocks, a few large steps at a time (see `cpu_plan`), in float32, or in float64 for float64 inputs.
+Gathered key blocks are multiplied a few large steps at a time (see `cpu_plan`), in float32, or in float64 for float64
+inputs. Where norms show that no score is large, weights are plain exponentials; else the softmax is the online one.
+Masks of whole, equally large blocks over 16-bit tensors run on torch's flash kernel (see `cpu_flash`).
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import cpu_flash
 from .cpu_backward import backward
-from .cpu_tiles import Tiles, multiply, rows_of
+from .cpu_tiles import Tiles
 from .oracle import put_back, take
 from .quantize import FP8, FP8_LARGEST, LARGEST, quantize_inputs, scale_of_token
 from .request import Request
@@ -22,7 +23,7 @@ __all__ = ["attend", "backward", "forward"]
 
 def forward(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out in the dtype of query, lse float32 (B, H, Sq) and skipped blocks int32 (B, H, Nq)."""
-    if not request.features:
+    if not request.features and request.query.element_size() == 2:
         out, lse = cpu_flash.attention(request.query, request.key, request.value, request.mask, request.scale)
         return out, lse, torch.zeros(*out.shape[:2], request.mask.grid[0], dtype=torch.int32)
     if request.quantization is not None:
@@ -81,14 +82,52 @@ def attend(
     rows, row_size, _ = tiles.query.shape
     out, lse = torch.empty_like(tiles.query), tiles.query.new_full((rows, row_size, 1), -torch.inf)
     skipped = torch.zeros(rows, dtype=torch.int32)
-    if skip_threshold is not None:
-        skipped = _never_walked(tiles, skip_threshold)
+    if skip_threshold is None and rounding is None and tiles.scores_are_small():
+        _sum(tiles, out, lse)
+    else:
+        if skip_threshold is not None:
+            skipped = _never_walked(tiles, skip_threshold)
+        _sum_online(tiles, out, lse, skipped, skip_threshold, rounding)
+    if sum(len(batch.rows) for batch in tiles.batches) < rows:
+        out.masked_fill_(lse == -torch.inf, 0.0)  # query blocks without a key
+    out, lse = (tiles.rows.to_tokens(blocks, tiles.batch, tiles.heads) for blocks in (out, lse))
+    return out, lse.squeeze(-1), skipped.view(tiles.batch, tiles.heads, -1)
+
+
+def _sum(tiles: Tiles, out: Tensor, lse: Tensor) -> None:
+    """Fills out (rows, queries, D) and lse (rows, queries, 1), for scores whose exponentials are all in range."""
     for batch in tiles.batches:
-        queries = rows_of(tiles.query, batch) * tiles.scale
-        largest = total = sums = queries  # until the first step
+        queries = tiles.queries(batch)
+        totals, sums = torch.empty_like(queries[..., :1]), torch.empty_like(queries)
+        for step in batch.steps:
+            scores, _, values = tiles.step(batch, step, queries)
+            weights = scores.exp_()
+            if step.first:
+                torch.sum(weights, -1, keepdim=True, out=totals)
+                torch.bmm(weights, values, out=sums)
+            else:
+                some = slice(step.active)
+                totals[some].add_(weights.sum(-1, keepdim=True))
+                sums[some].baddbmm_(weights, values)
+        out.index_copy_(0, batch.rows, sums.div_(totals.masked_fill(totals == 0.0, 1.0)))
+        lse.index_copy_(0, batch.rows, totals.log_())
+
+
+def _sum_online(
+    tiles: Tiles,
+    out: Tensor,
+    lse: Tensor,
+    skipped: Tensor,
+    skip_threshold: Tensor | None,
+    rounding: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """As `_sum`, for scores of any size; adds to skipped (rows,)."""
+    for batch in tiles.batches:
+        queries = tiles.queries(batch)
+        largest = totals = sums = queries  # until the first step
         for step in batch.steps:
             some = slice(step.active)
-            scores, _, values = tiles.step(batch, step, queries[some] if step.active < len(queries) else queries)
+            scores, _, values = tiles.step(batch, step, queries)
             own = scores.amax(-1, keepdim=True)
             if skip_threshold is not None:
                 skip = _skip(own, None if step.first else largest[some], tiles, batch.rows[some], skip_threshold)
@@ -104,19 +143,15 @@ def attend(
             if rounding is not None:
                 weights = rounding(weights)
             if step.first:
-                largest, total, sums = now, own, multiply(weights, values)
+                largest, totals, sums = now, own, torch.bmm(weights, values)
                 continue
             decay = (largest[some] - shift).exp_()
-            sums[some].mul_(decay).add_(multiply(weights, values))
-            total[some].mul_(decay).add_(own)
+            sums[some].mul_(decay).baddbmm_(weights, values)
+            totals[some].mul_(decay).add_(own)
             largest[some] = now
-        total.clamp_(min=1.0)  # where a key is seen, the largest score alone adds 1
-        out.index_copy_(0, batch.rows, sums.div_(total))
-        lse.index_copy_(0, batch.rows, total.log_().add_(largest))
-    if sum(len(batch.rows) for batch in tiles.batches) < rows:
-        out.masked_fill_(lse == -torch.inf, 0.0)  # query blocks without a key
-    out, lse = (tiles.rows.to_tokens(blocks, tiles.batch, tiles.heads) for blocks in (out, lse))
-    return out, lse.squeeze(-1), skipped.view(tiles.batch, tiles.heads, -1)
+        totals.clamp_(min=1.0)  # where a key is seen, the largest score alone adds 1
+        out.index_copy_(0, batch.rows, sums.div_(totals))
+        lse.index_copy_(0, batch.rows, totals.log_().add_(largest))
 
 
 def _never_walked(tiles: Tiles, threshold: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .cpu_plan import Batch, Step
-from .cpu_tiles import Tiles, multiply, rows_of
+from .cpu_tiles import Tiles
 from .request import Request
 
 
@@ -25,6 +25,7 @@ def backward(
         request.scale,
         key_bias=request.key_bias,
         token_order=request.token_order,
+        keep_keys=True,
     )
     out_gradient = out_gradient.masked_fill(empty, 0.0)
     raised = (out_gradient.to(tiles.dtype) * out.to(tiles.dtype)).sum(-1, keepdim=True) - lse_gradient[..., None]
@@ -34,22 +35,26 @@ def backward(
     out_rows = tiles.rows.to_blocks(out_gradient, tiles.dtype)
     query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
     for batch in tiles.batches:
-        queries, outs, offset, delta = (rows_of(x, batch) for x in (tiles.query, out_rows, normal, raised))
-        queries, sums = queries * tiles.scale, torch.zeros_like(queries)
+        queries = tiles.queries(batch)
+        outs, offset, delta = (x.index_select(0, batch.rows) for x in (out_rows, normal, raised))
+        sums = torch.empty_like(queries)
         if tiles.dtype == torch.float64:
             offset = _precise_lse(tiles, batch, queries)
         for step in batch.steps:
             some = slice(step.active)
-            scores, keys, values = tiles.step(batch, step, queries[some])
+            scores, keys, values = tiles.step(batch, step, queries)
             weights = scores.sub_(offset[some]).exp_()
-            _add(value_gradient, step, multiply(weights.transpose(1, 2), outs[some]))
-            rise = multiply(outs[some], values.transpose(1, 2)).sub_(delta[some]).mul_(weights)
-            _add(key_gradient, step, multiply(rise.transpose(1, 2), queries[some]))
-            sums[some] += multiply(rise, keys)
+            _add(value_gradient, step, torch.bmm(weights.mT, outs[some]))
+            rise = torch.bmm(outs[some], values.mT).sub_(delta[some]).mul_(weights)
+            _add(key_gradient, step, torch.bmm(rise.mT, queries[some]))
+            if step.first:
+                torch.bmm(rise, keys, out=sums)
+            else:
+                sums[some].baddbmm_(rise, keys)
         query_gradient.index_copy_(0, batch.rows, sums)
     blocks = (
         (tiles.rows, query_gradient.mul_(tiles.scale)),
-        (tiles.columns, key_gradient),
+        (tiles.columns, key_gradient.mul_(tiles.scale)),
         (tiles.columns, value_gradient),
     )
     found = [layout.to_tokens(x, tiles.batch, tiles.heads).to(request.query.dtype) for layout, x in blocks]
@@ -57,7 +62,7 @@ def backward(
 
 
 def _add(blocks: Tensor, step: Step, found: Tensor) -> None:
-    blocks.index_add_(0, step.columns.view(-1), found.view(-1, *blocks.shape[1:]))
+    blocks.index_add_(0, step.columns, found.view(-1, *blocks.shape[1:]))
 
 
 def _precise_lse(tiles: Tiles, batch: Batch, queries: Tensor) -> Tensor:
@@ -65,6 +70,6 @@ def _precise_lse(tiles: Tiles, batch: Batch, queries: Tensor) -> Tensor:
     lse = torch.full_like(queries[..., :1], -torch.inf)
     for step in batch.steps:
         some = lse[: step.active]
-        scores, _, _ = tiles.step(batch, step, queries[: step.active])
+        scores, _, _ = tiles.step(batch, step, queries)
         some.copy_(torch.logaddexp(some, scores.logsumexp(-1, keepdim=True)))
     return lse.masked_fill_(lse == -torch.inf, torch.inf)

@@ -1,11 +1,13 @@
 """How the CPU backend walks a BlockMask: which query blocks it takes together, and how it cuts their lists.
 
-What one step computes must fit the second-level cache of a core. Query blocks with lists of one length form batches
-of that size; a list too long for one step is cut into equal parts.
+What one step computes must fit the second-level cache of each core, and matrix products are fastest when every core
+has a few of them. So a batch is several query blocks with lists of nearly one length, and a step takes some positions
+of their lists; towards the end those with longer lists go on alone.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,23 +18,19 @@ from .block_mask import BlockMask, count_blocks
 # Per thread and step: with more, less is lost in calls; with less, less falls out of the cache.
 SCORES = 1 << 18
 KEY_ELEMENTS = 1 << 18
-# Query blocks of a batch, unless it is one alone: single products are faster than a few together.
-GROUPED = 4
+KEYS = 512  # of each query block in a step
 
 
 @dataclass(frozen=True)
 class Step:
     """Some positions in the lists of the first `active` query blocks of a batch."""
 
-    columns: Tensor  # int64 (active, positions), key blocks, counted over batch * heads * blocks
+    active: int
+    positions: int
+    columns: Tensor  # int64 (active * positions,), key blocks, counted over batch * heads * blocks
     first: bool  # no query block of the batch has had a step before
     cut: bool  # some of the key blocks end early
     partial: Tensor | None  # bool (active, positions): where the rule decides; None: nowhere
-    run: slice | None  # the key blocks where all are neighbours in memory: nothing to gather
-
-    @property
-    def active(self) -> int:
-        return self.columns.shape[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ _plans: WeakKeyDictionary[BlockMask, dict[tuple, list[Batch]]] = WeakKeyDictiona
 def plan(mask: BlockMask, batch: int, heads: int, head_dim: int, *, one_by_one: bool = False) -> list[Batch]:
     """Every query block that sees a key, in batches.
 
-    one_by_one: a step is one position of the lists, for what is decided block by block.
+    one_by_one: a step is one key block of each list, for what is decided block by block.
     """
     made = _plans.setdefault(mask, {})
     threads = torch.get_num_threads()
@@ -84,49 +82,46 @@ def _make(mask: BlockMask, batch: int, heads: int, at_once: int, one_by_one: boo
     any_early = bool(ends_early.any())
 
     made = []
-    for rows in _groups(listed, whole, at_once, one_by_one):
-        counts, wholes = listed[rows].tolist(), whole[rows, None]
+    for rows in _groups(listed, whole, at_once, mask.block_size[1], one_by_one):
+        counts, wholes = listed[rows].tolist(), whole[rows]
         position = torch.arange(counts[0])
-        partial = position >= wholes
-        place = torch.where(partial, position - wholes + width, position).clamp_(max=lists.shape[1] - 1)
+        partial = position >= wholes[:, None]
+        place = torch.where(partial, position - wholes[:, None] + width, position).clamp_(max=lists.shape[1] - 1)
         columns = lists[list_of[rows, None], place] + first_column[rows, None]
         steps = []
-        for first, last in _cuts(counts[0], int(wholes[0]), max(at_once // len(rows), 1), one_by_one):
-            active = sum(count > first for count in counts)
-            part = columns[:active, first:last].contiguous()
+        for first, last, active in _cuts(counts, set(torch.stack(wholes.aminmax()).tolist()), at_once, one_by_one):
+            part = columns[:active, first:last].reshape(-1)
             cut = any_early and bool(ends_early[part].any())
-            in_part = partial[:active, first:last] if listed is not whole else None
-            if in_part is not None and not bool(in_part.any()):
-                in_part = None
-            run = None
-            if active == 1 and in_part is None and int(part[0, -1] - part[0, 0]) == last - first - 1:
-                run = slice(int(part[0, 0]), int(part[0, -1]) + 1)
-            steps.append(Step(part, first == 0, cut, in_part, run))
+            by_rule = partial[:active, first:last] if bool(partial[:active, first:last].any()) else None
+            steps.append(Step(active, last - first, part, first == 0, cut, by_rule))
         made.append(Batch(rows, steps))
     return made
 
 
-def _groups(listed: Tensor, whole: Tensor, at_once: int, one_by_one: bool) -> list[Tensor]:
-    """Ids of the query blocks of each batch. Unless one_by_one, all of a batch have lists of the same lengths."""
-    kinds = listed.long() * (int(whole.max()) + 1) + whole
-    order = kinds.argsort(descending=True, stable=True)[: int((listed > 0).sum())]
-    if one_by_one:
-        return list(order.split(at_once)) if len(order) else []  # split would give one empty part
-    sizes = kinds[order].unique_consecutive(return_counts=True)[1]
+def _groups(listed: Tensor, whole: Tensor, at_once: int, key_block: int, one_by_one: bool) -> list[Tensor]:
+    """Ids of the query blocks of each batch, the longest lists of a batch first."""
+    kinds = whole.long() * (int(listed.max()) + 1) + listed
+    order = kinds.argsort(descending=True, stable=True)
+    order = order[listed[order] > 0]
     groups: list[Tensor] = []
-    for group in order.split(sizes.tolist()):
-        fit = at_once // int(listed[group[0]])
-        groups += group.split(fit if fit >= GROUPED else 1)
+    while len(order):
+        size = at_once if one_by_one else max(at_once // min(max(KEYS // key_block, 1), int(listed[order[0]])), 1)
+        groups.append(order[:size])
+        order = order[size:]
+    if listed is not whole:
+        groups = [rows[listed[rows].argsort(descending=True, stable=True)] for rows in groups]
     # One head after the other: its keys and values stay in the last-level cache.
     return sorted(groups, key=lambda rows: int(rows[0]))
 
 
-def _cuts(listed: int, whole: int, at_once: int, one_by_one: bool) -> Iterator[tuple[int, int]]:
-    """Where the steps start and stop: none is half whole and half partial."""
-    if one_by_one:
-        yield from ((position, position + 1) for position in range(listed))
-        return
-    for first, last in ((0, whole), (whole, listed)):
-        if first < last:
-            size = count_blocks(last - first, count_blocks(last - first, at_once))
-            yield from ((start, min(start + size, last)) for start in range(first, last, size))
+def _cuts(counts: list[int], wholes: set[int], at_once: int, one_by_one: bool) -> Iterator[tuple[int, int, int]]:
+    """First and last position and the query blocks of each step, for descending counts of listed blocks.
+
+    wholes: positions at which whole blocks end in some list; what lies between them alone is partly partial.
+    """
+    active = len(counts)
+    for first, last in pairwise(sorted({0, *wholes, *counts})):
+        while counts[active - 1] <= first:
+            active -= 1
+        size = 1 if one_by_one else count_blocks(last - first, count_blocks(last - first, max(at_once // active, 1)))
+        yield from ((start, min(start + size, last), active) for start in range(first, last, size))

@@ -8,6 +8,8 @@ from torch import Tensor
 from .block_mask import BlockMask
 from .cpu_plan import Batch, Step, key_lengths, plan
 
+LARGEST_EXPONENT = 80.0  # exp(88) is the largest float32
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -56,6 +58,7 @@ class Tiles:
     """One call's tensors in blocks, and the scores of its steps. All in float32, or in float64 where query is.
 
     query: (B * H * Nq, queries, D); key, value: (B * H * Nk, keys, D).
+    keep_keys: those of a step are needed besides its scores and values.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Tiles:
         key_bias: Tensor | None = None,
         token_order: Tensor | None = None,
         one_by_one: bool = False,
+        keep_keys: bool = False,
     ) -> None:
         self.mask, self.scale = mask, scale
         self.batch, self.heads, _, head_dim = query.shape
@@ -85,56 +89,72 @@ class Tiles:
         self._has_bias = key_bias is not None
         self._bias = self._make_bias(key_bias)
         # Fresh memory for every step would cost as much in page faults as the copying itself.
-        most = max((step.columns.numel() for part in self.batches for step in part.steps), default=0)
-        self._gathered = tuple(blocks.new_empty(most, *blocks.shape[1:]) for blocks in (self.key, self.value))
+        most = max((len(step.columns) for part in self.batches for step in part.steps), default=0)
         self._scores = self.query.new_empty(most * sizes[0] * sizes[1])
-        self._rooms: dict[torch.Size, tuple[Tensor, ...]] = {}
+        self._keys = self.key.new_empty(most, *self.key.shape[1:])
+        self._values = torch.empty_like(self._keys) if keep_keys else self._keys
+        self._queries = torch.empty_like(self.query[: max((len(part.rows) for part in self.batches), default=0)])
+        self._rooms: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def queries(self, batch: Batch) -> Tensor:
+        """(R, queries, D): those of a batch; the next batch overwrites them."""
+        return torch.index_select(self.query, 0, batch.rows, out=self._queries[: len(batch.rows)])
+
+    def scores_are_small(self) -> bool:
+        """Whether weights, and their sums over all keys with any values, stay in the range of float32 unshifted.
+
+        A token that is not finite does not count: it spoils what sees it, with a shift or without.
+        """
+        query_norm, key_norm, value_norm = (_largest_norm(x) for x in (self.query, self.key, self.value))
+        largest = query_norm * key_norm * abs(self.scale)
+        if self._bias is not None and self._has_bias:
+            largest += self._bias.masked_fill(~self._bias.isfinite(), 0.0).abs().max()
+        sums = self.mask.key_length * value_norm.clamp(min=1.0)
+        return bool(largest + sums.log() < LARGEST_EXPONENT)
 
     def step(self, batch: Batch, step: Step, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (R, queries, keys), keys and values (R, keys, D) of a step; the next step overwrites all three.
 
-        queries (R, queries, D): those of the batch that are active in this step, scaled.
+        queries (at least R, queries, D): those of the batch; the first R, which are active in this step, count.
 
         Scores are biased, and -inf where the query does not see the key. Keys of partial blocks that no
-        query of the block sees are zeros, whatever they hold.
+        query of the block sees are zeros, whatever they hold. Unless keys are kept, their memory holds the values.
         """
-        scores, *rooms = self._room(step)
-        keys = self._gather(self.key, step, *rooms[:2])
-        multiply(queries, keys.transpose(1, 2), out=scores)
+        scores, key_blocks, keys, value_blocks, values = self._room(step.active, step.positions)
+        if step.active < len(queries):
+            queries = queries[: step.active]
+        torch.index_select(self.key, 0, step.columns, out=key_blocks)
+        # With beta 0 what the first argument holds does not count.
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.scale, out=scores)
         if self._bias is not None and (step.cut or self._has_bias):
             scores += self._bias[step.columns].view(step.active, 1, -1)
-        values = self._gather(self.value, step, *rooms[2:])
+        torch.index_select(self.value, 0, step.columns, out=value_blocks)
         if step.partial is not None:
             seen = self._seen(batch, step)
-            by_block = (step.active, -1, *self.key.shape[1:])
-            scores.view(*scores.shape[:2], step.columns.shape[1], -1).masked_fill_(~seen, -torch.inf)
+            scores.view(*scores.shape[:2], step.positions, -1).masked_fill_(~seen, -torch.inf)
             unseen = ~seen.any(1)[..., None]
-            keys, values = (tensor.view(by_block).masked_fill_(unseen, 0.0).flatten(1, 2) for tensor in (keys, values))
+            for tokens in (keys, values):  # the same twice if keys are not kept
+                tokens.view(step.active, step.positions, *self.key.shape[1:]).masked_fill_(unseen, 0.0)
         return scores, keys, values
 
-    def _room(self, step: Step) -> tuple[Tensor, ...]:
-        """Views of the memory for scores, keys and values; few sizes are used, and making a view takes time too."""
-        sizes = step.columns.shape
-        if sizes not in self._rooms:
-            active, count = sizes[0], sizes.numel()
-            keys, values = (memory[:count] for memory in self._gathered)
-            shape = (active, self.rows.size, sizes[1] * self.columns.size)
-            scores = self._scores[: shape[0] * shape[1] * shape[2]].view(shape)
-            lists = (memory.view(active, shape[2], -1) for memory in (keys, values))
-            self._rooms[sizes] = (scores, *(x for pair in zip((keys, values), lists, strict=True) for x in pair))
-        return self._rooms[sizes]
+    def _room(self, active: int, positions: int) -> tuple[Tensor, ...]:
+        """Views of the memory of a step: scores, key blocks, keys, value blocks and values.
 
-    def _gather(self, blocks: Tensor, step: Step, room: Tensor, lists: Tensor) -> Tensor:
-        if step.run is not None:
-            return blocks[step.run].view(1, -1, blocks.shape[-1])
-        torch.index_select(blocks, 0, step.columns.view(-1), out=room)
-        return lists
+        Few sizes are used, and making a view takes time too.
+        """
+        if (active, positions) not in self._rooms:
+            count = active * positions
+            scores = self._scores[: count * self.rows.size * self.columns.size].view(active, self.rows.size, -1)
+            blocks = (memory[:count] for memory in (self._keys, self._values))
+            views = (x for memory in blocks for x in (memory, memory.view(active, -1, memory.shape[-1])))
+            self._rooms[active, positions] = scores, *views
+        return self._rooms[active, positions]
 
     def _seen(self, batch: Batch, step: Step) -> Tensor:
         """bool, broadcasts to (R, queries, key blocks, keys): what the rule shows, and all of whole blocks."""
         mask, rows = self.mask, batch.rows[: step.active].view(-1, 1, 1, 1)
         assert mask.rule is not None and step.partial is not None
-        row, column = rows % mask.grid[0], (step.columns % mask.grid[1])[:, None, :, None]
+        row, column = rows % mask.grid[0], (step.columns % mask.grid[1]).view(step.active, 1, -1, 1)
         query = mask.query_bounds[row] + torch.arange(self.rows.size).view(-1, 1, 1)
         key = mask.key_bounds[column] + torch.arange(self.columns.size)
         head = rows // mask.grid[0]
@@ -160,16 +180,11 @@ class Tiles:
         return bias
 
 
-def rows_of(blocks: Tensor, batch: Batch) -> Tensor:
-    """(R, ...): the query blocks of a batch."""
-    if len(batch.rows) == 1:
-        row = int(batch.rows)
-        return blocks[row : row + 1]  # nothing to copy
-    return blocks.index_select(0, batch.rows)
-
-
-def multiply(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
-    """Matrix products (R, ...) of a batch. The BLAS library's plain product is faster for a single one."""
-    if len(first) > 1:
-        return torch.bmm(first, second, out=out)
-    return torch.mm(first[0], second[0], out=None if out is None else out[0]).unsqueeze(0)
+def _largest_norm(blocks: Tensor) -> Tensor:
+    """The largest Euclidean norm of a finite token."""
+    tokens = blocks.flatten(0, 1)
+    norms = torch.linalg.vector_norm(tokens, dim=-1)
+    largest = norms.max()
+    if largest.isfinite():
+        return largest
+    return norms.masked_fill_(~tokens.isfinite().all(-1), 0.0).max()

@@ -19,6 +19,7 @@ from attnproc.kernels import (
     oracle,
     quantize_oracle,
 )
+from attnproc.kernels.cpu_tiles import Tiles
 from attnproc.kernels.request import Request
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,6 +47,7 @@ class Options:
 
 
 OPTIONS = {
+    "plain": Options(key_valid=(83, 41), mask_lists=(1, 2)),
     "bias": Options(key_bias=(2, 2)),
     "shared bias, padding": Options(key_bias=(1, 1), key_valid=(83, 30), mask_lists=(2, 1)),
     "one order": Options(token_order=1, mask_lists=(1, 2)),
@@ -155,13 +157,37 @@ def test_neighbouring_key_blocks_need_no_gathering(seed, close, monkeypatch, poi
     first, last = torch.randint(0, 7, (2, 2, 3, 5)).sort(0).values
     blocks = (torch.arange(7) >= first[..., None]) & (torch.arange(7) < last[..., None])
     mask = BlockMask.from_blocks(blocks, 37, 51, (8, 8), torch.tensor([51, 29]))
-    request = Request(*(torch.randn(2, 3, n, 16) for n in (37, 51, 51)), mask, 0.25)
+    request = Request(*(torch.randn(2, 3, n, 16).half() for n in (37, 51, 51)), mask, 0.25)
     out, lse, _ = cpu.forward(request)
     close(out, lse, *definition(request))
     # No run: the first and the last block of three.
     ends = BlockMask.from_blocks(torch.tensor([[True, False, True]]), 8, 24, (8, 8))
-    request = Request(*(torch.randn(1, 1, n, 16) for n in (8, 24, 24)), ends, 0.25)
+    request = Request(*(torch.randn(1, 1, n, 16).half() for n in (8, 24, 24)), ends, 0.25)
     close(*cpu.forward(request)[:2], *definition(request))
+
+
+@pytest.mark.parametrize(
+    ("largest", "values", "small"),
+    [(10.0, 1.0, True), (68.0, 1.0, True), (90.0, 1.0, False), (1e4, 1.0, False), (60.0, 1e10, False)],
+)
+@pytest.mark.parametrize("name", ["plain", "all, ranges"])
+def test_scores_and_values_of_any_size(name, largest, values, small, seed, poisoned_memory):
+    """Plain exponentials where all stay in range, the online softmax elsewhere; -`largest` is as good as `largest`."""
+    given = make_request(OPTIONS[name])
+    norms = [x.norm(dim=-1).max() for x in (given.query, given.key)]
+    query, bias = given.query * (largest / (norms[0] * norms[1] * given.scale)), given.key_bias
+    if bias is not None:
+        query, bias = query / 2, bias * (largest / 2 / bias.abs().max())
+    for sign in (1, -1):
+        request = replace(given, query=sign * query, value=given.value * values, key_bias=bias)
+        tiles = Tiles(request.query, request.key, request.value, request.mask, request.scale, key_bias=bias)
+        assert tiles.scores_are_small() == small
+        out, lse, _ = cpu.forward(request)
+        expected, expected_lse = definition(request)
+        # A score of 10,000 is known to some 1e-3 in float32.
+        allowed = max(largest, 1.0) * 2e-6
+        torch.testing.assert_close(out.double(), expected, rtol=allowed, atol=allowed * values)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=allowed, atol=allowed)
 
 
 @every_option
