@@ -12,10 +12,11 @@ from torch import Tensor
 from attnproc.errors import SettingsError
 from attnproc.kernels.block_mask import count_blocks
 from attnproc.kernels.scores import pool_blocks, token_mean
+from attnproc.kernels.selection import largest
 
 JUDGE_OFF = -0.1  # any negative similarity does
-CHUNK_BYTES = 1 << 28  # of scratch memory for the scores of a few heads
-PAIR_BYTES = 24  # scratch for each pair of blocks: score, sorted score, int64 place, running sum, two bool maps
+CHUNK_BYTES = 1 << 26  # of scratch memory for the scores of a few heads
+PAIR_BYTES = 12  # scratch for each pair of blocks: two scores, bool maps; a CPU, which sorts, takes twice that
 
 PerHead = float | tuple[float, ...]
 
@@ -105,7 +106,7 @@ def predict_blocks(
     always = always_kept(tokens, block_size, text_start, attention_sink, query.device)
     real = real_keys(tokens, block_size[1], key_valid, query.device)
     blocks = torch.empty(batch, heads, *grid, dtype=torch.bool, device=query.device)
-    for part in head_chunks(query, block_size):
+    for part in head_chunks(query, block_size, ordered=token_order is not None):
         queries, keys = query[:, part], key[:, part]
         if token_order is not None:
             queries, keys = (x.index_select(2, token_order[0]) for x in (queries, keys))
@@ -138,22 +139,15 @@ def select_blocks(found: BlockScores, thresholds: HeadThresholds, real: Tensor) 
 
     real: bool (batch or 1, 1, 1, key blocks), key blocks that hold a valid key; only these count in a density.
     """
-    columns = found.scores.shape[-1]
     alike_queries = found.query_similarity > thresholds.similarity[:, None]
     alike_keys = found.key_similarity > thresholds.similarity[:, None]
     scores = found.scores.masked_fill(~alike_keys[:, :, None], -torch.inf)
-    # Ranked by score, not by share: distant shares underflow to 0 and would tie.
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     if thresholds.density is not None:
         # A product in float32, where 0.29 * 100 is 29.
-        count = (thresholds.density[:, None, None] * real.sum(-1, keepdim=True)).int()
+        kept = largest(scores, count=(thresholds.density[:, None] * real.sum(-1)).int().clamp(min=1))
     else:
         assert thresholds.cdf is not None
-        threshold = thresholds.cdf[:, None, None]
-        count = (ranked.softmax(-1).cumsum(-1) <= threshold).sum(-1, keepdim=True)
-        count = torch.where(threshold >= 1.0, columns, count)  # a running sum may end above 1
-    first = torch.arange(columns, device=scores.device) < count.clamp(min=1)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first.expand(order.shape))
+        kept = largest(scores, share=thresholds.cdf[:, None])
     return kept | ~alike_keys[:, :, None] | ~alike_queries[..., None]
 
 
@@ -177,11 +171,12 @@ def real_keys(tokens: int, key_size: int, key_valid: Tensor | None, device: torc
     return starts < valid.view(-1, 1, 1, 1)
 
 
-def head_chunks(query: Tensor, block_size: tuple[int, int]) -> Iterator[slice]:
-    """Slices of the heads, so many at a time that scratch memory stays small."""
+def head_chunks(query: Tensor, block_size: tuple[int, int], *, ordered: bool) -> Iterator[slice]:
+    """Slices of the heads, so many at a time that scratch memory stays small; ordered: queries and keys are copied."""
     batch, heads, tokens, head_dim = query.shape
     pairs = count_blocks(tokens, block_size[0]) * count_blocks(tokens, block_size[1])
-    each = batch * (pairs * PAIR_BYTES + 2 * tokens * head_dim * query.element_size())
+    copies = 2 * tokens * head_dim * query.element_size() if ordered else 0
+    each = batch * (pairs * PAIR_BYTES + copies)
     step = max(CHUNK_BYTES // each, 1)
     return (slice(start, min(start + step, heads)) for start in range(0, heads, step))
 

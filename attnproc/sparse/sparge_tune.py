@@ -98,7 +98,7 @@ class SpargeCalibrationProcessor(CalibrationProcessor):
         order = order_of(self.token_order, call)
         block_size = block_size_of(self.block_size)
         found = []
-        for part in head_chunks(call.query, block_size):
+        for part in head_chunks(call.query, block_size, ordered=order is not None):
             tensors = [x[:, part] for x in (call.query, call.key, call.value)]
             if order is not None:
                 tensors = [x.index_select(2, order[0]) for x in tensors]

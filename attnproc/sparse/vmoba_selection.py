@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnproc.errors import SettingsError
+from attnproc.kernels.selection import largest
 from attnproc.sparse.vmoba_chunks import Partition
 
 MODES = ("topk", "threshold")
@@ -69,7 +70,7 @@ def choose_pairs(gate: Tensor, own: Tensor, *, mode: str, scope: str, topk: int,
     if topk >= chunks if mode == "topk" else threshold >= 1.0:  # rounding must not leave out the lowest pair
         return torch.ones_like(own)
     if mode == "topk" and scope == "query_head":
-        return take_per_row(gate.masked_fill(own, torch.inf), topk)
+        return largest(gate.masked_fill(own, torch.inf), count=topk)
     scores, own_pairs = _grouped(gate, scope), _grouped(own, scope)
     if mode == "topk":
         order, amount = scores.masked_fill(own_pairs, torch.inf), torch.ones_like(own_pairs, dtype=torch.int32)
@@ -82,13 +83,6 @@ def choose_pairs(gate: Tensor, own: Tensor, *, mode: str, scope: str, topk: int,
         amount = amount.masked_fill(own_pairs, 0)
     take = take_sorted if scores.shape[1] <= SORTED_SIZE else take_by_histogram
     return own | _ungrouped(take(order, amount, need), scope, gate.shape)
-
-
-def take_per_row(order: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row, the first of equals: bool, shape of order (..., N)."""
-    least = order.topk(count).values[..., -1:]
-    above, equal = order > least, order == least
-    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def take_sorted(order: Tensor, amount: Tensor, need: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Functions of tensors: block masks and block-sparse attention. Knows nothing of diffusers, models or steps."""
 
-from . import oracle, scores
+from . import oracle, scores, selection
 from .attention import block_sparse_attention, choose_backend
 from .backends import BACKENDS, FEATURES, available_backends
 from .block_mask import BlockMask
@@ -21,4 +21,5 @@ __all__ = [
     "merge_attention",
     "oracle",
     "scores",
+    "selection",
 ]

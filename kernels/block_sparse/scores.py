@@ -83,7 +83,7 @@ def pool_blocks(
         )
     bounds = _bounds(x.shape[2], block_size, offsets, x.device)
     count = _samples("valid", valid, x, x.shape[2])
-    if _choose(x, backend) == "triton":
+    if choose_backend_for(x, backend) == "triton":
         from . import triton_scores
 
         return Pooled(*triton_scores.pool_blocks(x, block_size, bounds, count, shift))
@@ -106,7 +106,7 @@ def dense_lse(
     _check_pair(query, key)
     scale = _scale(query, scale)
     keys = _samples("key_valid", key_valid, key, key.shape[2])
-    if _choose(query, backend) == "triton":
+    if choose_backend_for(query, backend) == "triton":
         from . import triton_scores
 
         queries = torch.full_like(keys, query.shape[2])
@@ -168,7 +168,7 @@ def block_mass(
     columns = _bounds(key.shape[2], block_size[1], key_offsets, key.device)
     queries = _samples("query_valid", query_valid, query, query.shape[2])
     keys = _samples("key_valid", key_valid, key, key.shape[2])
-    if _choose(query, backend) == "triton":
+    if choose_backend_for(query, backend) == "triton":
         from . import triton_scores
 
         return triton_scores.block_mass(query, key, lse, block_size, rows, columns, scale, queries, keys)
@@ -210,7 +210,7 @@ def antidiagonal_scores(
     scale = _scale(query, scale) / stride
     queries = _samples("query_valid", query_valid, query, query.shape[2])
     keys = _samples("key_valid", key_valid, key, key.shape[2])
-    if _choose(query, backend) == "triton":
+    if choose_backend_for(query, backend) == "triton":
         from . import triton_scores
 
         return triton_scores.antidiagonal_scores(query, key, block_size, stride, scale, queries, keys)
@@ -335,17 +335,20 @@ def _pool_blocks(x: Tensor, size: int, bounds: Tensor, valid: Tensor, shift: Ten
     regular = torch.empty_like(similarity, dtype=torch.bool)
     for sample in range(batch):
         tokens, real = blocks.places(sample)
-        count = real.sum(1)
+        count, whole = real.sum(1), bool(real.all())  # nothing to gather if all blocks are
         for part in _slices(heads, max(CHUNK_SCORES // (tokens.numel() * head_dim), 1)):
-            found = x[sample, part].index_select(1, tokens.flatten()).float()
-            if shift is not None:
-                found -= shift[sample, part]
-            found = found.masked_fill_(~real.reshape(-1, 1), 0.0).unflatten(1, (-1, size))
-            norm = found.norm(dim=3)
+            found = x[sample, part] if whole else x[sample, part].index_select(1, tokens.flatten())
+            found = found.float() if shift is None else found.float() - shift[sample, part]
+            if not whole:
+                found = found.masked_fill_(~real.reshape(-1, 1), 0.0)
+            found = found.reshape(found.shape[0], -1, size, head_dim)
+            norm = torch.linalg.vector_norm(found.flatten(0, 2), dim=1).view(found.shape[:3])
             ordinary = (norm > 0.0) & norm.isfinite()
-            mean[sample, part] = found.sum(2) / count.clamp(min=1)[:, None]
-            unit = found.div_(norm.masked_fill_(norm == 0.0, 1.0)[..., None]).sum(2) / count.clamp(min=1)[:, None]
-            similarity[sample, part] = unit.square().sum(2).clamp(max=1.0).nan_to_num(nan=0.0)
+            # Both sums over the tokens of a block in one product.
+            weights = torch.stack((torch.ones_like(norm), norm.masked_fill(norm == 0.0, 1.0).reciprocal()), 2)
+            sums = weights @ found / count.clamp(min=1)[:, None, None]
+            mean[sample, part] = sums[:, :, 0]
+            similarity[sample, part] = sums[:, :, 1].square().sum(2).clamp(max=1.0).nan_to_num(nan=0.0)
             regular[sample, part] = (count == size) & ordinary.all(2)
     return Pooled(mean, similarity, regular)
 
@@ -370,7 +373,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 # Checks
 
 
-def _choose(x: Tensor, backend: str) -> str:
+def choose_backend_for(x: Tensor, backend: str) -> str:
     """Triton or cpu; raises ValueError if the one asked for cannot take the tensors."""
     device = x.device.type
     if backend not in (*SCORE_BACKENDS, "auto"):

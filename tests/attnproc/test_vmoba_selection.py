@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attnproc.errors import SettingsError
+from attnproc.kernels.selection import largest
 from attnproc.sparse import vmoba_selection
 from attnproc.sparse.vmoba_chunks import PUBLISHED_CHUNKS, Blocks, Partition, choose_chunk, count_chunks
 from attnproc.sparse.vmoba_selection import (
@@ -16,7 +17,6 @@ from attnproc.sparse.vmoba_selection import (
     pair_density,
     select_chunks,
     take_by_histogram,
-    take_per_row,
     take_sorted,
 )
 
@@ -245,7 +245,7 @@ def test_gate_and_top_k_of_moba():
     gate = query @ chunk_means(key, partition).mT
     own, chunks = partition.chunk[:, None], torch.arange(4)
     gate = gate.masked_fill(chunks > own, -torch.inf).masked_fill(chunks == own, torch.inf)
-    mask = take_per_row(gate, 2)
+    mask = largest(gate, count=2)
     read = [[mask[head, token].nonzero().flatten().tolist() for token in (9, 11, 13)] for head in range(2)]
     assert read == [[[1, 2], [0, 2], [1, 3]], [[1, 2], [0, 2], [0, 3]]]
     seen = mask[0, 13, partition.chunk]
@@ -539,7 +539,7 @@ def test_top_k_of_a_row_is_that_of_a_stable_sort(seed):
         for count in (1, 2, 18, 37):
             need = torch.full((50, 1), float(count), dtype=torch.float64)
             expected = take_sorted(order, torch.ones_like(order, dtype=torch.int32), need)
-            assert torch.equal(take_per_row(order, count), expected)
+            assert torch.equal(largest(order, count=count), expected)
 
 
 def test_large_groups_are_ranked_by_histogram_with_the_same_result(how, seed, monkeypatch):
