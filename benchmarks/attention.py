@@ -38,6 +38,7 @@ class Workload:
 
 
 CPU_WORKLOADS = [Workload(f"{n} tokens", 8, n, 64, torch.float32) for n in (2048, 4096, 8192)]
+CPU_WORKLOADS.append(Workload("16384 tokens", 2, 16384, 128, torch.float32))
 GPU_WORKLOADS = [
     Workload("Wan 1.3B, 480p, 81 frames", 12, 32760, 128, torch.bfloat16),
     Workload("Wan 14B, 720p, 81 frames", 40, 75600, 128, torch.bfloat16),

@@ -82,36 +82,38 @@ def _make(mask: BlockMask, batch: int, heads: int, at_once: int, one_by_one: boo
     any_early = bool(ends_early.any())
 
     made = []
-    for rows in _groups(listed, whole, at_once, mask.block_size[1], one_by_one):
-        counts, wholes = listed[rows].tolist(), whole[rows]
-        position = torch.arange(counts[0])
-        partial = position >= wholes[:, None]
-        place = torch.where(partial, position - wholes[:, None] + width, position).clamp_(max=lists.shape[1] - 1)
+    for rows in _groups(listed, whole, mask.grid[0], at_once, mask.block_size[1], one_by_one):
+        counts, wholes = listed[rows].tolist(), whole[rows].tolist()
+        place, partial = torch.arange(counts[0])[None], None
+        if listed is not whole:
+            partial = place >= whole[rows, None]
+            place = torch.where(partial, place - whole[rows, None] + width, place).clamp_(max=lists.shape[1] - 1)
         columns = lists[list_of[rows, None], place] + first_column[rows, None]
         steps = []
-        for first, last, active in _cuts(counts, set(torch.stack(wholes.aminmax()).tolist()), at_once, one_by_one):
+        for first, last, active in _cuts(counts, {min(wholes), max(wholes)}, at_once, one_by_one):
             part = columns[:active, first:last].reshape(-1)
             cut = any_early and bool(ends_early[part].any())
-            by_rule = partial[:active, first:last] if bool(partial[:active, first:last].any()) else None
+            by_rule = None if partial is None or last <= min(wholes) else partial[:active, first:last]
             steps.append(Step(active, last - first, part, first == 0, cut, by_rule))
         made.append(Batch(rows, steps))
     return made
 
 
-def _groups(listed: Tensor, whole: Tensor, at_once: int, key_block: int, one_by_one: bool) -> list[Tensor]:
-    """Ids of the query blocks of each batch, the longest lists of a batch first."""
+def _groups(
+    listed: Tensor, whole: Tensor, rows: int, at_once: int, key_block: int, one_by_one: bool
+) -> Iterator[Tensor]:
+    """Ids of the query blocks of each batch, the longest lists of a batch first; rows: query blocks of a head."""
+    positions = 1 if one_by_one else max(KEYS // key_block, 1)
+    # One head after the other, as its keys and values stay in the last-level cache; several if they are short.
+    together = rows * count_blocks(8 * max(at_once // positions, 1), rows)
     kinds = whole.long() * (int(listed.max()) + 1) + listed
-    order = kinds.argsort(descending=True, stable=True)
-    order = order[listed[order] > 0]
-    groups: list[Tensor] = []
-    while len(order):
-        size = at_once if one_by_one else max(at_once // min(max(KEYS // key_block, 1), int(listed[order[0]])), 1)
-        groups.append(order[:size])
-        order = order[size:]
-    if listed is not whole:
-        groups = [rows[listed[rows].argsort(descending=True, stable=True)] for rows in groups]
-    # One head after the other: its keys and values stay in the last-level cache.
-    return sorted(groups, key=lambda rows: int(rows[0]))
+    for first in range(0, len(kinds), together):
+        order = kinds[first : first + together].argsort(descending=True, stable=True) + first
+        order = order[listed[order] > 0]
+        while len(order):
+            size = max(at_once // min(positions, int(listed[order[0]])), 1)
+            group, order = order[:size], order[size:]
+            yield group[listed[group].argsort(descending=True, stable=True)]
 
 
 def _cuts(counts: list[int], wholes: set[int], at_once: int, one_by_one: bool) -> Iterator[tuple[int, int, int]]:
