@@ -38,6 +38,7 @@ class Workload:
 
 
 CPU_WORKLOADS = [Workload(f"{n} tokens", 8, n, 64, torch.float32) for n in (2048, 4096, 8192)]
+CPU_WORKLOADS.append(Workload("8192 tokens, 16 bits", 8, 8192, 64, torch.bfloat16))
 CPU_WORKLOADS.append(Workload("16384 tokens", 2, 16384, 128, torch.float32))
 GPU_WORKLOADS = [
     Workload("Wan 1.3B, 480p, 81 frames", 12, 32760, 128, torch.bfloat16),

@@ -21,7 +21,7 @@ def largest_kernel(scores, limits, kept, columns, COLUMNS: tl.constexpr, BY_SHAR
     score = tl.load(scores + row * columns + column, mask=there, other=float("-inf")) + 0.0  # one zero of two
     limit = tl.load(limits + row)
     bits = score.to(tl.uint32, bitcast=True)
-    code = tl.where(score < 0.0, ~bits, bits | 0x80000000)
+    code = tl.where(score < 0.0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     code = tl.where(score == score, code, NAN_CODE)
     if BY_SHARE:
         peak = tl.max(tl.where(there, score, float("-inf")), 0)

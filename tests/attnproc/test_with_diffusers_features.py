@@ -167,15 +167,22 @@ def test_compiled_blocks_are_one_graph_for_all_layers_and_steps(name, tiny_model
     torch._dynamo.reset()
 
 
-def test_a_whole_compiled_model_runs_sparse(tiny_models, run, random_mask):
+def test_a_whole_compiled_model_is_one_graph_for_all_steps(tiny_models, run, random_mask):
     tiny = tiny_models["wan"]
-    model, inputs = tiny.model(), tiny.inputs(1)
-    attnproc.install(model, random_mask(density=0.4))
-    expected = run(model, inputs)
+    model, inputs = tiny.model(num_layers=12), tiny.inputs(1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    attnproc.install(model, random_mask(density=0.4, dense_steps=1), scheduler=scheduler)
+    calls = [{**inputs, "timestep": t[None].to(inputs["timestep"].dtype)} for t in scheduler.timesteps]
+    expected = [run(model, call) for call in calls]
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(run(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
-    assert {site.sparse_calls for site in attnproc.report(model).sites} == {2}
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    out = [run(compiled, call) for call in calls]
+    for ours, plain in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 2
+    assert {(s.dense_calls, s.sparse_calls) for s in attnproc.report(model).sites} == {(1, 2)}
     torch._dynamo.reset()
 
 

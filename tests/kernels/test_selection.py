@@ -1,6 +1,9 @@
 """The largest of each row, by number and by share, against the definition in float64 and worked examples."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,3 +117,29 @@ def test_one_number_serves_all_rows(backend, seed):
 def test_bad_arguments_are_named(scores, amount, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         selection.largest(scores, **amount)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from attnproc.kernels.triton_selection import largest_kernel as kernel
+
+pointers = {"scores": "*fp32", "limits": "*fp32", "kept": "*u8", "columns": "i32"}
+for capability in (80, 90, 100):
+    for by_share in (False, True):
+        constants = {"COLUMNS": 2048, "BY_SHARE": by_share}
+        signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+        constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["ptx"]
+        assert ".local" not in ptx  # a row of the longest videos stays in registers
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile it for the GPU here")
+def test_compiles_for_gpus_that_are_not_here():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr
