@@ -151,6 +151,7 @@ def options(bench: Bench) -> None:
             "token order per head": (bench.sparse(plain, token_order=order), "random order: the worst for memory"),
             "token order by copying": (lambda: by_copying(bench, plain, order), "q, k, v and out permuted"),
             "key bias": (bench.sparse(plain, key_bias=bias), ""),
+            "scores 20 times as large": (bench.sparse(plain, scale=20 * bench.work.head_dim**-0.5), "a sharp softmax"),
             "skip threshold 8": (bench.sparse(plain, skip_threshold=8.0), skipped_note(bench, plain, 8.0)),
         },
     )

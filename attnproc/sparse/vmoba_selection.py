@@ -70,7 +70,7 @@ def choose_pairs(gate: Tensor, own: Tensor, *, mode: str, scope: str, topk: int,
     if topk >= chunks if mode == "topk" else threshold >= 1.0:  # rounding must not leave out the lowest pair
         return torch.ones_like(own)
     if mode == "topk" and scope == "query_head":
-        return largest(gate.masked_fill(own, torch.inf), count=topk)
+        return own | largest(gate.masked_fill(own, torch.inf), count=topk)
     scores, own_pairs = _grouped(gate, scope), _grouped(own, scope)
     if mode == "topk":
         order, amount = scores.masked_fill(own_pairs, torch.inf), torch.ones_like(own_pairs, dtype=torch.int32)

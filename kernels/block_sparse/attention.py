@@ -1,6 +1,5 @@
 """block_sparse_attention: checks its arguments, chooses a backend, runs it."""
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -131,7 +130,7 @@ def make_request(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
+    elif not abs(scale) <= torch.finfo(torch.float32).max:  # NaN neither
         raise bad_argument("scale", str(scale), "a finite number", "Leave it out for head_dim ** -0.5.")
     batch, heads, tokens, _ = query.shape
     if key_bias is not None:

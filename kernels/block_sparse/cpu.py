@@ -1,7 +1,8 @@
 """Block-sparse attention on the CPU.
 
 Gathered key blocks are multiplied a few large steps at a time (see `cpu_plan`), in float32, or in float64 for float64
-inputs. Where norms show that no score is large, weights are plain exponentials; else the softmax is the online one.
+inputs. Where norms show that no score of the call is large, weights are plain exponentials; else the softmax is the
+online one, which rounds differently.
 Masks of whole, equally large blocks over 16-bit tensors run on torch's flash kernel (see `cpu_flash`).
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import cpu_flash
 from .cpu_backward import backward
-from .cpu_tiles import Tiles
+from .cpu_tiles import Tiles, exponentials
 from .oracle import put_back, take
 from .quantize import FP8, FP8_LARGEST, LARGEST, quantize_inputs, scale_of_token
 from .request import Request
@@ -138,7 +139,7 @@ def _sum_online(
             hidden = step.cut or step.partial is not None or skip_threshold is not None
             # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
             shift = now.masked_fill(now == -torch.inf, 0.0) if hidden else now
-            weights = scores.sub_(shift).exp_()
+            weights = exponentials(scores.sub_(shift), hidden)
             own = weights.sum(-1, keepdim=True)
             if rounding is not None:
                 weights = rounding(weights)

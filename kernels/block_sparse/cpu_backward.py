@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .cpu_plan import Batch, Step
-from .cpu_tiles import Tiles
+from .cpu_tiles import Tiles, exponentials
 from .request import Request
 
 
@@ -34,6 +34,7 @@ def backward(
     raised = tiles.rows.to_blocks(raised.masked_fill(empty, 0.0), tiles.dtype)
     out_rows = tiles.rows.to_blocks(out_gradient, tiles.dtype)
     query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
+    small = tiles.scores_are_small()
     for batch in tiles.batches:
         queries = tiles.queries(batch)
         outs, offset, delta = (x.index_select(0, batch.rows) for x in (out_rows, normal, raised))
@@ -43,7 +44,8 @@ def backward(
         for step in batch.steps:
             some = slice(step.active)
             scores, keys, values = tiles.step(batch, step, queries)
-            weights = scores.sub_(offset[some]).exp_()
+            # What is not seen has score -inf or, as a query, offset inf.
+            weights = scores.sub_(offset[some]).exp_() if small else exponentials(scores.sub_(offset[some]), True)
             _add(value_gradient, step, torch.bmm(weights.mT, outs[some]))
             rise = torch.bmm(outs[some], values.mT).sub_(delta[some]).mul_(weights)
             _add(key_gradient, step, torch.bmm(rise.mT, queries[some]))

@@ -17,7 +17,7 @@ from .block_mask import BlockMask, count_blocks
 
 # Per thread and step: with more, less is lost in calls; with less, less falls out of the cache.
 SCORES = 1 << 18
-KEY_ELEMENTS = 1 << 18
+ELEMENTS = 1 << 18  # of queries, of keys and of values
 KEYS = 512  # of each query block in a step
 
 
@@ -55,8 +55,9 @@ def plan(mask: BlockMask, batch: int, heads: int, head_dim: int, *, one_by_one: 
     name = (batch, heads, head_dim, threads, one_by_one)
     if name not in made:
         query_block, key_block = mask.block_size
-        at_once = threads * min(SCORES // (query_block * key_block), KEY_ELEMENTS // (key_block * head_dim))
-        made[name] = _make(mask, batch, heads, max(at_once, 1), one_by_one)
+        at_once = threads * min(SCORES // (query_block * key_block), ELEMENTS // (key_block * head_dim))
+        most = threads * (ELEMENTS // (query_block * head_dim))
+        made[name] = _make(mask, batch, heads, max(at_once, 1), max(most, 1), one_by_one)
     return made[name]
 
 
@@ -68,7 +69,7 @@ def key_lengths(mask: BlockMask) -> Tensor:
     return ends.diff(dim=1)
 
 
-def _make(mask: BlockMask, batch: int, heads: int, at_once: int, one_by_one: bool) -> list[Batch]:
+def _make(mask: BlockMask, batch: int, heads: int, at_once: int, most: int, one_by_one: bool) -> list[Batch]:
     whole = mask.visible_counts.expand(batch, heads, -1).reshape(-1)
     listed, lists, width = whole, mask.indices, mask.indices.shape[-1]
     if mask.visible_partial_counts is not None and mask.partial_indices is not None:
@@ -82,7 +83,7 @@ def _make(mask: BlockMask, batch: int, heads: int, at_once: int, one_by_one: boo
     any_early = bool(ends_early.any())
 
     made = []
-    for rows in _groups(listed, whole, mask.grid[0], at_once, mask.block_size[1], one_by_one):
+    for rows in _groups(listed, whole, mask.grid[0], at_once, most, mask.block_size[1], one_by_one):
         counts, wholes = listed[rows].tolist(), whole[rows].tolist()
         place, partial = torch.arange(counts[0])[None], None
         if listed is not whole:
@@ -100,9 +101,12 @@ def _make(mask: BlockMask, batch: int, heads: int, at_once: int, one_by_one: boo
 
 
 def _groups(
-    listed: Tensor, whole: Tensor, rows: int, at_once: int, key_block: int, one_by_one: bool
+    listed: Tensor, whole: Tensor, rows: int, at_once: int, most: int, key_block: int, one_by_one: bool
 ) -> Iterator[Tensor]:
-    """Ids of the query blocks of each batch, the longest lists of a batch first; rows: query blocks of a head."""
+    """Ids of the query blocks of each batch, the longest lists of a batch first.
+
+    rows: query blocks of a head; most: query blocks of a batch; at_once: key blocks of a step.
+    """
     positions = 1 if one_by_one else max(KEYS // key_block, 1)
     # One head after the other, as its keys and values stay in the last-level cache; several if they are short.
     together = rows * count_blocks(8 * max(at_once // positions, 1), rows)
@@ -111,7 +115,7 @@ def _groups(
         order = kinds[first : first + together].argsort(descending=True, stable=True) + first
         order = order[listed[order] > 0]
         while len(order):
-            size = max(at_once // min(positions, int(listed[order[0]])), 1)
+            size = min(max(at_once // min(positions, int(listed[order[0]])), 1), most)
             group, order = order[:size], order[size:]
             yield group[listed[group].argsort(descending=True, stable=True)]
 
@@ -119,7 +123,8 @@ def _groups(
 def _cuts(counts: list[int], wholes: set[int], at_once: int, one_by_one: bool) -> Iterator[tuple[int, int, int]]:
     """First and last position and the query blocks of each step, for descending counts of listed blocks.
 
-    wholes: positions at which whole blocks end in some list; what lies between them alone is partly partial.
+    wholes: the first and the last position at which whole blocks end in some list. Only steps between the two mix whole
+    and partial blocks.
     """
     active = len(counts)
     for first, last in pairwise(sorted({0, *wholes, *counts})):

@@ -8,7 +8,10 @@ from torch import Tensor
 from .block_mask import BlockMask
 from .cpu_plan import Batch, Step, key_lengths, plan
 
-LARGEST_EXPONENT = 80.0  # exp(88) is the largest float32
+# exp(88) is the largest float32, and exp(-87) the smallest that is computed fast: below that numbers are subnormal.
+RANGE = 80.0
+SMALL = 40.0  # scores of this size: their weights, weights times values and ratios of weights are none of both
+LEAST_NORM = 2e-18  # where squares vanish in float32 a norm may come out as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +106,15 @@ class Tiles:
     def scores_are_small(self) -> bool:
         """Whether weights, and their sums over all keys with any values, stay in the range of float32 unshifted.
 
-        A token that is not finite does not count: it spoils what sees it, with a shift or without.
+        By norms, over all samples and heads at once. A token that is not finite does not count: what sees it has NaN or
+        no weight, with a shift or without.
         """
         query_norm, key_norm, value_norm = (_largest_norm(x) for x in (self.query, self.key, self.value))
         largest = query_norm * key_norm * abs(self.scale)
-        if self._bias is not None and self._has_bias:
+        if self._has_bias and self._bias is not None:
             largest += self._bias.masked_fill(~self._bias.isfinite(), 0.0).abs().max()
         sums = self.mask.key_length * value_norm.clamp(min=1.0)
-        return bool(largest + sums.log() < LARGEST_EXPONENT)
+        return bool((largest < SMALL) & (largest + sums.log() < RANGE))
 
     def step(self, batch: Batch, step: Step, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (R, queries, keys), keys and values (R, keys, D) of a step; the next step overwrites all three.
@@ -180,11 +184,20 @@ class Tiles:
         return bias
 
 
+def exponentials(scores: Tensor, hidden: bool) -> Tensor:
+    """exp(scores) in place, for scores up to 0; hidden: some may be -inf, which gives 0.
+
+    Without subnormal results, with which everything is many times as slow: exp(-80) is as good as 0 here.
+    """
+    scores = torch.threshold_(scores, -RANGE, -torch.inf) if hidden else scores.clamp_(min=-RANGE)
+    return scores.exp_()
+
+
 def _largest_norm(blocks: Tensor) -> Tensor:
-    """The largest Euclidean norm of a finite token."""
+    """The largest Euclidean norm of a finite token, or a little more."""
     tokens = blocks.flatten(0, 1)
     norms = torch.linalg.vector_norm(tokens, dim=-1)
     largest = norms.max()
-    if largest.isfinite():
-        return largest
-    return norms.masked_fill_(~tokens.isfinite().all(-1), 0.0).max()
+    if not largest.isfinite():
+        largest = norms.masked_fill_(~tokens.isfinite().all(-1), 0.0).max()
+    return largest.clamp(min=LEAST_NORM)

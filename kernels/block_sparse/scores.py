@@ -344,11 +344,9 @@ def _pool_blocks(x: Tensor, size: int, bounds: Tensor, valid: Tensor, shift: Ten
             found = found.reshape(found.shape[0], -1, size, head_dim)
             norm = torch.linalg.vector_norm(found.flatten(0, 2), dim=1).view(found.shape[:3])
             ordinary = (norm > 0.0) & norm.isfinite()
-            # Both sums over the tokens of a block in one product.
-            weights = torch.stack((torch.ones_like(norm), norm.masked_fill(norm == 0.0, 1.0).reciprocal()), 2)
-            sums = weights @ found / count.clamp(min=1)[:, None, None]
-            mean[sample, part] = sums[:, :, 0]
-            similarity[sample, part] = sums[:, :, 1].square().sum(2).clamp(max=1.0).nan_to_num(nan=0.0)
+            mean[sample, part] = found.sum(2) / count.clamp(min=1)[:, None]
+            unit = (found / norm.masked_fill(norm == 0.0, 1.0)[..., None]).sum(2) / count.clamp(min=1)[:, None]
+            similarity[sample, part] = unit.square().sum(2).clamp(max=1.0).nan_to_num(nan=0.0)
             regular[sample, part] = (count == size) & ordinary.all(2)
     return Pooled(mean, similarity, regular)
 

@@ -19,37 +19,40 @@ def largest(
 
     scores: float32. -inf ranks last, NaN first.
     count: how many of each row, all if there are not so many; an integer, or a tensor of the shape of scores without N
-        or one that broadcasts to it.
-    share: as many as have together at most this share of the softmax of their row, and at least one; a number, or a
-        tensor as for `count`. From 1.0 on it is all of them. A row that has no softmax (all -inf, +inf or NaN in it)
-        keeps one. Shares are sums in float32, rounded in an order of their own.
+        or one that broadcasts to it. Below 1 it is none.
+    share: as many as have together at most this share, from 0 to 1, of the softmax of their row, and at least one; a
+        number, or a tensor as for `count`. At 1 it is all of them. A row that has no softmax (all -inf, +inf or NaN in
+        it) keeps one. Shares are sums in float32, rounded in an order of their own.
     backend: "auto" ("triton" for CUDA tensors, "cpu" for CPU tensors), or one of those.
 
-    Exactly one of count and share; what does not fit raises ValueError. On a GPU nothing is sorted or waited for.
+    Exactly one of count and share; what does not fit raises ValueError. On a GPU rows of up to 8192 are neither sorted
+    nor waited for.
     """
-    if scores.dtype != torch.float32 or scores.ndim < 1 or scores.shape[-1] == 0:
-        raise bad_argument(
-            "scores",
-            f"{scores.dtype} of shape {tuple(scores.shape)}",
-            "float32 (..., N), N at least 1",
-            "Use .float().",
-        )
+    if not isinstance(scores, Tensor) or scores.dtype != torch.float32 or scores.ndim < 1 or scores.shape[-1] == 0:
+        came = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise bad_argument("scores", came, "a float32 tensor (..., N), N at least 1", "Use .float().")
     if (count is None) == (share is None):
         raise bad_argument("count", f"count={count!r} and share={share!r}", "exactly one of them", "Leave one out.")
     name: str = "count" if share is None else "share"
     amount: Any = count if share is None else share
     rows = scores.shape[:-1]
-    limit = amount if isinstance(amount, Tensor) else torch.full((), amount, device=scores.device)
-    limit = limit.to(scores.device)
+    dtype = torch.int64 if share is None else torch.float32
+    if isinstance(amount, Tensor):
+        right = amount.is_floating_point() if share is not None else amount.dtype in (torch.int32, torch.int64)
+        limit = amount.to(scores.device, dtype)
+    else:
+        right = isinstance(amount, int if share is None else (int, float)) and not isinstance(amount, bool)
+        limit = torch.full((), min(amount, scores.shape[-1]) if right else 0, dtype=dtype, device=scores.device)
+    if not right:
+        came = str(amount.dtype) if isinstance(amount, Tensor) else repr(amount)
+        expected = "integers" if share is None else "floating point numbers"
+        raise bad_argument(name, came, expected, "count counts blocks, share is a share from 0 to 1.")
     try:
         limit = limit.expand(rows)
     except RuntimeError:
         raise bad_argument(
             name, f"shape {tuple(limit.shape)}", f"a shape that broadcasts to {tuple(rows)}", "Give one for each row."
         ) from None
-    if (share is None) == limit.is_floating_point():
-        expected = "integers" if share is None else "floating point numbers"
-        raise bad_argument(name, str(limit.dtype), expected, "count counts blocks, share is a share from 0 to 1.")
     if choose_backend_for(scores, backend) == "triton" and scores.shape[-1] <= ROW_LIMIT:
         from . import triton_selection
 

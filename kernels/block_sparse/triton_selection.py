@@ -13,7 +13,7 @@ def largest_kernel(scores, limits, kept, columns, COLUMNS: tl.constexpr, BY_SHAR
     """One row. Scores become integers in the same order (`code`), each with an amount: 1, or its share of the softmax.
 
     `cut` is the largest code at and above which the amounts exceed the limit: all above it are kept, and of those
-    equal to it the first ones, as far as the limit goes.
+    equal to it the first ones, as far as the limit goes. Where not even all amounts exceed it the cut stays below all.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -31,7 +31,7 @@ def largest_kernel(scores, limits, kept, columns, COLUMNS: tl.constexpr, BY_SHAR
         ordinary = (total < float("inf")) & (tl.sum((there & (score != score)).to(tl.int32), 0) == 0)
         amount = tl.where(ordinary, amount, 1.0)
         goal = tl.where(ordinary, limit * total, 0.0)
-        goal = tl.where(limit >= 1.0, float("inf"), goal)
+        goal = tl.where(limit >= 1.0, float("inf"), tl.where(limit >= 0.0, goal, 0.0))
     else:
         amount = tl.where(there, 1.0, 0.0)
         goal = limit
@@ -45,9 +45,9 @@ def largest_kernel(scores, limits, kept, columns, COLUMNS: tl.constexpr, BY_SHAR
     before = tl.sum(tl.where(above, amount, 0.0), 0)
     each = tl.max(tl.where(equal, amount, 0.0), 0)
     rank = tl.cumsum(equal.to(tl.int32), 0)
-    # If all amounts together stay within the limit, no code was reached: the cut is below all of them.
     chosen = above | (equal & (before + rank.to(tl.float32) * each <= goal))
     if BY_SHARE:
+        # One at least: if the largest alone exceeds the share, the cut is at its code.
         none_above = tl.sum(above.to(tl.int32), 0) == 0
         chosen = chosen | (equal & none_above & (rank == 1))
     tl.store(kept + row * columns + column, chosen.to(tl.uint8), mask=there)

@@ -123,10 +123,11 @@ def definition(request: Request) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Two key blocks of one query block at a time, so that short lists already take several steps."""
+    """So many key blocks at a time, so that short lists already take several steps; 16 are of several query blocks."""
 
-    def shrink(mask: BlockMask) -> None:
-        monkeypatch.setattr(cpu_plan, "SCORES", 2 * mask.block_size[0] * mask.block_size[1])
+    def shrink(mask: BlockMask, blocks: int = 2) -> None:
+        monkeypatch.setattr(cpu_plan, "SCORES", blocks * mask.block_size[0] * mask.block_size[1])
+        monkeypatch.setattr(cpu_plan, "KEYS", 4 * mask.block_size[1])
 
     return shrink
 
@@ -142,9 +143,10 @@ def test_equals_the_float64_definition(options, dtype, close, seed, poisoned_mem
 
 
 @every_option
-def test_a_list_cut_into_steps_gives_the_same(options, close, seed, small_steps, poisoned_memory):
+@pytest.mark.parametrize("blocks", [2, 16])
+def test_a_list_cut_into_steps_gives_the_same(options, blocks, close, seed, small_steps, poisoned_memory):
     request = make_request(options)
-    small_steps(request.mask)
+    small_steps(request.mask, blocks)
     plan = cpu_plan.plan(request.mask, options.batch, options.heads, options.head_dim)
     assert max(len(batch.steps) for batch in plan) > 1
     out, lse, _ = cpu.forward(request)
@@ -168,7 +170,14 @@ def test_neighbouring_key_blocks_need_no_gathering(seed, close, monkeypatch, poi
 
 @pytest.mark.parametrize(
     ("largest", "values", "small"),
-    [(10.0, 1.0, True), (68.0, 1.0, True), (150.0, 1.0, False), (1e4, 1.0, False), (60.0, 1e18, False)],
+    [
+        (10.0, 1.0, True),
+        (38.0, 1.0, True),
+        (38.0, 1e-18, True),
+        (90.0, 1.0, False),
+        (1e4, 1.0, False),
+        (30.0, 1e33, False),
+    ],
 )
 @pytest.mark.parametrize("name", ["plain", "all, ranges"])
 def test_scores_and_values_of_any_size(name, largest, values, small, seed, poisoned_memory):
@@ -191,10 +200,11 @@ def test_scores_and_values_of_any_size(name, largest, values, small, seed, poiso
 
 
 @every_option
+@pytest.mark.parametrize("blocks", [2, 16, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_those_of_the_definition(options, dtype, seed, small_steps, poisoned_memory):
+def test_gradients_are_those_of_the_definition(options, dtype, blocks, seed, small_steps, poisoned_memory):
     request = make_request(options, dtype)
-    small_steps(request.mask)
+    small_steps(request.mask, blocks)
     out, lse, _ = cpu.forward(request)
     given = torch.randn_like(out), torch.randn_like(lse)
     expected = oracle.gradients(

@@ -98,7 +98,32 @@ def test_one_number_serves_all_rows(backend, seed):
     assert choose(backend, scores, count=2).sum(-1).tolist() == [2] * 20
     assert not choose(backend, scores, count=0).any()
     assert choose(backend, scores, count=5).all() and choose(backend, scores, share=1.0).all()
+    assert choose(backend, scores, count=2**70).all() and not choose(backend, scores, count=-1).any()
     assert choose(backend, torch.zeros(0, 4), count=1).shape == (0, 4)
+
+
+@backends
+@pytest.mark.parametrize("share", [-0.5, -INF, NAN])
+def test_no_share_at_all_still_keeps_one(backend, share):
+    assert choose(backend, torch.tensor([[3.0, 1.0, 2.0]]), share=share).tolist() == [[True, False, False]]
+
+
+@backends
+def test_shares_are_float32_whatever_is_usual(backend, seed):
+    scores = torch.arange(100.0)[None] * 0.1
+    expected = choose(backend, scores, share=0.999)
+    assert torch.equal(choose(backend, scores, share=torch.tensor(0.999).double()), expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(choose(backend, scores, share=0.999), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_rows_too_long_for_one_program_are_sorted(seed):
+    scores = torch.randn(2, selection.ROW_LIMIT + 3)
+    for amount in ({"count": 4000}, {"share": 0.4}):
+        assert torch.equal(choose("triton", scores, **amount), choose("cpu", scores, **amount))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +134,11 @@ def test_one_number_serves_all_rows(backend, seed):
         (torch.zeros(2, 3), {}, "count"),
         (torch.zeros(2, 3), {"count": 1, "share": 0.5}, "count"),
         (torch.zeros(2, 3), {"count": 0.5}, "count"),
-        (torch.zeros(2, 3), {"share": 1}, "share"),
+        (torch.zeros(2, 3), {"share": True}, "share"),
+        (torch.zeros(2, 3), {"share": torch.ones(2, dtype=torch.int32)}, "share"),
+        (torch.zeros(2, 3), {"count": True}, "count"),
+        (torch.zeros(2, 3), {"count": torch.ones(2, dtype=torch.bool)}, "count"),
+        ([[0.0]], {"count": 1}, "scores"),
         (torch.zeros(2, 3), {"count": torch.ones(3, dtype=torch.int32)}, "count"),
         (torch.zeros(2, 3), {"count": 1, "backend": "gpu"}, "backend"),
     ],
