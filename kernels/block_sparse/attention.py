@@ -69,7 +69,7 @@ def block_sparse_attention(
     mask: lengths Sq and Sk; shared by the batch or the heads where its own sizes are 1.
     scale: multiplies the scores, D ** -0.5 by default.
     key_bias: float32 (B or 1, H or 1, Nk), added to the scaled scores of each key block, natural log: log n makes a
-        key count as n equal ones. Finite.
+        key count as n equal ones. -inf hides a block, though it is computed: what it holds must be finite.
     token_order: integers (H or 1, S), a permutation for each head: position p of the mask is token token_order[h, p].
         Needs as many queries as keys. Results come in the order of the inputs.
     skip_threshold: leave out listed blocks whose scores stay this far below the running maximum of every row of the

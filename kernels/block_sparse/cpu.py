@@ -136,7 +136,7 @@ def _sum_online(
                 scores.masked_fill_(skip[:, None, None], -torch.inf)
                 own.masked_fill_(skip[:, None, None], -torch.inf)
             now = own if step.first else torch.maximum(largest[some], own)
-            hidden = step.cut or step.partial is not None or skip_threshold is not None
+            hidden = step.cut or step.partial is not None or tiles.has_bias or skip_threshold is not None
             # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
             shift = now.masked_fill(now == -torch.inf, 0.0) if hidden else now
             weights = exponentials(scores.sub_(shift), hidden)

@@ -89,7 +89,7 @@ class Tiles:
         self.query = self.rows.to_blocks(query, self.dtype)
         self.key = self.columns.to_blocks(key, self.dtype)
         self.value = self.columns.to_blocks(value, self.dtype)
-        self._has_bias = key_bias is not None
+        self.has_bias = key_bias is not None
         self._bias = self._make_bias(key_bias)
         # Fresh memory for every step would cost as much in page faults as the copying itself.
         most = max((len(step.columns) for part in self.batches for step in part.steps), default=0)
@@ -111,7 +111,7 @@ class Tiles:
         """
         query_norm, key_norm, value_norm = (_largest_norm(x) for x in (self.query, self.key, self.value))
         largest = query_norm * key_norm * abs(self.scale)
-        if self._has_bias and self._bias is not None:
+        if self.has_bias and self._bias is not None:
             largest += self._bias.masked_fill(~self._bias.isfinite(), 0.0).abs().max()
         sums = self.mask.key_length * value_norm.clamp(min=1.0)
         return bool((largest < SMALL) & (largest + sums.log() < RANGE))
@@ -130,7 +130,7 @@ class Tiles:
         torch.index_select(self.key, 0, step.columns, out=key_blocks)
         # With beta 0 what the first argument holds does not count.
         torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.scale, out=scores)
-        if self._bias is not None and (step.cut or self._has_bias):
+        if self._bias is not None and (step.cut or self.has_bias):
             scores += self._bias[step.columns].view(step.active, 1, -1)
         torch.index_select(self.value, 0, step.columns, out=value_blocks)
         if step.partial is not None:

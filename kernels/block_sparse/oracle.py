@@ -34,7 +34,7 @@ def attention(
         blocks = skipped_blocks(query, key, mask, scale, skip_threshold, key_bias=key_bias)
         visible = visible & ~_to_tokens(blocks, mask)
     scores = token_scores(query, key, mask, scale, key_bias).masked_fill(~visible, -torch.inf)
-    seen = visible.any(-1, keepdim=True)
+    seen = (visible & (scores != -torch.inf)).any(-1, keepdim=True)  # a bias of -inf hides a block too
     lse = scores.masked_fill(~seen, 0.0).logsumexp(-1, keepdim=True).masked_fill(~seen, -torch.inf)
     weights = (scores - lse.masked_fill(~seen, 0.0)).exp().masked_fill(~visible, 0.0)
     # A key nobody sees must not matter, whatever it holds: 0 * inf would be NaN.

@@ -103,7 +103,7 @@ def attend(
     KEY_GROUPS: tokens that share a key scale, 1 or the block; 0 without quantization.
     """
     KEY_TILES: tl.constexpr = (KEY_BLOCK + KEY_TILE - 1) // KEY_TILE
-    GUARD: tl.constexpr = CUT or PARTIAL
+    GUARD: tl.constexpr = CUT or PARTIAL or key_bias is not None  # a bias may be -inf
     block = tl.load(listed + (step // KEY_TILES) * slot)
     if key_offsets is None:
         first = block * KEY_BLOCK + (step % KEY_TILES) * KEY_TILE

@@ -231,6 +231,24 @@ def test_gradients_are_the_same_in_every_run(seed):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_bias_can_hide_key_blocks(size, seed, close, small_steps):
+    """A bias of -inf, for small scores and for large ones, also where a whole step is hidden."""
+    request = make_request(OPTIONS["bias"])
+    bias = request.key_bias.clone()
+    bias[..., :4] = bias[0, 0] = -torch.inf
+    request = replace(request, query=request.query * size, key_bias=bias)
+    mask = BlockMask.full(request.mask.query_length, request.mask.key_length, request.mask.block_size)
+    request = replace(request, mask=mask)
+    small_steps(mask)
+    out, lse, _ = cpu.forward(request)
+    expected = definition(request)
+    allowed = 1e-6 * max(size, 5.0)
+    torch.testing.assert_close(out.double(), expected[0], rtol=allowed, atol=allowed)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=allowed, atol=allowed)
+    assert (lse[0, 0] == -torch.inf).all() and lse[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["ranges on 3 axes, padding", "bits per sample and head", "all, ranges", "all, bits"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 def test_keys_nobody_sees_do_not_matter(name, poison, seed):

@@ -51,6 +51,21 @@ def test_published_numbers(p1_blocks, p1_answer, check_p1_answer):
     check_p1_answer(out, lse, rows, total, 2e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"skip_threshold": 4.0}], ids=str)
+def test_a_bias_can_hide_key_blocks(options, make_case, new_shape, close):
+    """A bias of -inf, in the first tiles of a list and, for one head, in all of them."""
+    case = make_case(new_shape(queries=64, keys=96, density=1.0), OPTION_DTYPES[0], DEVICE)
+    bias = torch.randn(1, 2, 6, device=DEVICE)
+    bias[..., :3] = bias[:, 0] = -torch.inf
+    arguments = {"key_bias": bias, **options}
+    out, lse = block_sparse_attention(
+        case.query, case.key, case.value, case.mask, backend="triton", return_lse=True, **arguments
+    )
+    expected = oracle.attention(case.query, case.key, case.value, case.mask, **arguments)
+    close(out, lse, *expected)
+    assert (lse[0, 0] == -torch.inf).all() and lse[0, 1].isfinite().all() and not out[0, 0].any()
+
+
 def test_two_samples_equal_two_calls(make_case, new_shape):
     case = make_case(new_shape(batch=2, queries=60, keys=50, key_valid=(50, 31), mask_heads=True), device=DEVICE)
     both = block_sparse_attention(case.query, case.key, case.value, case.mask, backend="triton")
