@@ -325,11 +325,15 @@ def test_whole_key_blocks_in_another_order_are_columns_in_another_order(seed):
 def test_the_order_within_a_block_does_not_matter(seed):
     query, key = random_call(seed, tokens=160)
     places = torch.cat([torch.randperm(16) + 16 * block for block in range(10)])
-    expected = predict_blocks(query, key, (16, 16), cdf_threshold=0.8, similarity_threshold=0.3)
     moved = predict_blocks(
         query[:, :, places], key[:, :, places], (16, 16), cdf_threshold=0.8, similarity_threshold=0.3
     )
-    assert torch.equal(moved, expected)
+    # Means are rounded in another order, and now and then a running sum lies as close to the threshold as that.
+    less, more = (
+        predict_blocks(query, key, (16, 16), cdf_threshold=threshold, similarity_threshold=0.3)
+        for threshold in (0.8 - 1e-5, 0.8 + 1e-5)
+    )
+    assert not (less & ~moved).any() and not (moved & ~more).any() and (more & ~less).sum() <= 2
 
 
 def test_a_token_order_is_a_permutation_of_the_tokens(seed):
