@@ -194,7 +194,7 @@ def test_scores_and_values_of_any_size(name, largest, values, small, seed, poiso
         out, lse, _ = cpu.forward(request)
         expected, expected_lse = definition(request)
         # A score of 10,000 is known to some 1e-3 in float32.
-        allowed = max(largest, 1.0) * 2e-6
+        allowed = max(largest, 1.0) * 5e-6
         torch.testing.assert_close(out.double(), expected, rtol=allowed, atol=allowed * values)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=allowed, atol=allowed)
 
@@ -243,7 +243,7 @@ def test_a_bias_can_hide_key_blocks(size, seed, close, small_steps):
     small_steps(mask)
     out, lse, _ = cpu.forward(request)
     expected = definition(request)
-    allowed = 1e-6 * max(size, 5.0)
+    allowed = 5e-6 * size  # scores of some 500 are known to some 1e-4 in float32
     torch.testing.assert_close(out.double(), expected[0], rtol=allowed, atol=allowed)
     torch.testing.assert_close(lse.double(), expected[1], rtol=allowed, atol=allowed)
     assert (lse[0, 0] == -torch.inf).all() and lse[0, 1].isfinite().all()
