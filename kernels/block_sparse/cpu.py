@@ -1,8 +1,8 @@
 """Block-sparse attention on the CPU.
 
 Gathered key blocks are multiplied a few large steps at a time (see `cpu_plan`), in float32, or in float64 for float64
-inputs. Where norms show that no score of the call is large, weights are plain exponentials; else the softmax is the
-online one, which rounds differently.
+inputs. Where norms show that no score of a query block is large, its weights are plain exponentials; else its
+softmax is the online one.
 Masks of whole, equally large blocks over 16-bit tensors run on torch's flash kernel (see `cpu_flash`).
 """
 
@@ -76,19 +76,22 @@ def _quantized(request: Request) -> tuple[Tensor, Tensor, Tensor]:
 def attend(
     tiles: Tiles, skip_threshold: Tensor | None = None, rounding: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The online softmax: out (B, H, Sq, D) and lse (B, H, Sq) in the dtype of the tiles, and skipped blocks.
+    """Attention: out (B, H, Sq, D) and lse (B, H, Sq) in the dtype of the tiles, and skipped blocks.
 
     rounding: of the weights (R, queries, keys) before they meet the values; their sum is taken before it.
     """
     rows, row_size, _ = tiles.query.shape
     out, lse = torch.empty_like(tiles.query), tiles.query.new_full((rows, row_size, 1), -torch.inf)
     skipped = torch.zeros(rows, dtype=torch.int32)
-    if skip_threshold is None and rounding is None and tiles.scores_are_small():
+    small = torch.zeros(rows, dtype=torch.bool)
+    if skip_threshold is None and rounding is None:
+        small = tiles.small_rows()
+    if small.all():
         _sum(tiles, out, lse)
     else:
         if skip_threshold is not None:
             skipped = _never_walked(tiles, skip_threshold)
-        _sum_online(tiles, out, lse, skipped, skip_threshold, rounding)
+        _sum_online(tiles, out, lse, small, skipped, skip_threshold, rounding)
     if sum(len(batch.rows) for batch in tiles.batches) < rows:
         out.masked_fill_(lse == -torch.inf, 0.0)  # query blocks without a key
     out, lse = (tiles.rows.to_tokens(blocks, tiles.batch, tiles.heads) for blocks in (out, lse))
@@ -118,13 +121,14 @@ def _sum_online(
     tiles: Tiles,
     out: Tensor,
     lse: Tensor,
+    small: Tensor,
     skipped: Tensor,
     skip_threshold: Tensor | None,
     rounding: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """As `_sum`, for scores of any size; adds to skipped (rows,)."""
+    """As `_sum`, and the same to the bit for rows that are `small`, for scores of any size; adds to skipped (rows,)."""
     for batch in tiles.batches:
-        queries = tiles.queries(batch)
+        queries, unshifted = tiles.queries(batch), small[batch.rows, None, None]
         largest = totals = sums = queries  # until the first step
         for step in batch.steps:
             some = slice(step.active)
@@ -136,6 +140,7 @@ def _sum_online(
                 scores.masked_fill_(skip[:, None, None], -torch.inf)
                 own.masked_fill_(skip[:, None, None], -torch.inf)
             now = own if step.first else torch.maximum(largest[some], own)
+            now = now.masked_fill(unshifted[some], 0.0)
             hidden = step.cut or step.partial is not None or tiles.has_bias or skip_threshold is not None
             # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
             shift = now.masked_fill(now == -torch.inf, 0.0) if hidden else now
@@ -150,8 +155,7 @@ def _sum_online(
             sums[some].mul_(decay).baddbmm_(weights, values)
             totals[some].mul_(decay).add_(own)
             largest[some] = now
-        totals.clamp_(min=1.0)  # where a key is seen, the largest score alone adds 1
-        out.index_copy_(0, batch.rows, sums.div_(totals))
+        out.index_copy_(0, batch.rows, sums.div_(totals.masked_fill(totals == 0.0, 1.0)))
         lse.index_copy_(0, batch.rows, totals.log_().add_(largest))
 
 

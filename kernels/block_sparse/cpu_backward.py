@@ -34,7 +34,7 @@ def backward(
     raised = tiles.rows.to_blocks(raised.masked_fill(empty, 0.0), tiles.dtype)
     out_rows = tiles.rows.to_blocks(out_gradient, tiles.dtype)
     query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (tiles.query, tiles.key, tiles.value))
-    small = tiles.scores_are_small()
+    small = bool(tiles.small_rows().all())
     for batch in tiles.batches:
         queries = tiles.queries(batch)
         outs, offset, delta = (x.index_select(0, batch.rows) for x in (out_rows, normal, raised))

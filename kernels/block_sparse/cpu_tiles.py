@@ -103,18 +103,33 @@ class Tiles:
         """(R, queries, D): those of a batch; the next batch overwrites them."""
         return torch.index_select(self.query, 0, batch.rows, out=self._queries[: len(batch.rows)])
 
-    def scores_are_small(self) -> bool:
-        """Whether weights, and their sums over all keys with any values, stay in the range of float32 unshifted.
+    def small_rows(self) -> Tensor:
+        """bool (B * H * Nq,): query blocks whose weights, and sums of them with values, need no shift in float32.
 
-        By norms, over all samples and heads at once. A token that is not finite does not count: what sees it has NaN or
-        no weight, with a shift or without.
+        By norms of the query block and of the key blocks that it lists, so that no other key has a say. A token that is
+        not finite does not count: what sees it has NaN or no weight, with a shift or without.
         """
-        query_norm, key_norm, value_norm = (_largest_norm(x) for x in (self.query, self.key, self.value))
-        largest = query_norm * key_norm * abs(self.scale)
+        query, key, value = (_largest_norms(x) for x in (self.query, self.key, self.value))
+        bias = torch.zeros_like(key)
         if self.has_bias and self._bias is not None:
-            largest += self._bias.masked_fill(~self._bias.isfinite(), 0.0).abs().max()
-        sums = self.mask.key_length * value_norm.clamp(min=1.0)
-        return bool((largest < SMALL) & (largest + sums.log() < RANGE))
+            bias = self._bias.masked_fill(~self._bias.isfinite(), 0.0).abs().amax(1)
+        of_keys = torch.stack((key, value, bias))
+        most = of_keys.amax(1, keepdim=True)
+        if not self._are_small(query.max(), most).all():
+            most = of_keys.new_zeros(3, len(query))
+            for batch in self.batches:
+                for step in batch.steps:
+                    rows = batch.rows[: step.active]
+                    listed = of_keys[:, step.columns].view(3, step.active, -1).amax(-1)
+                    most[:, rows] = torch.maximum(most[:, rows], listed)
+        return self._are_small(query, most)
+
+    def _are_small(self, query: Tensor, of_keys: Tensor) -> Tensor:
+        """For norms of queries, and norms of keys and of values and sizes of biases of the keys that they list."""
+        key, value, bias = of_keys
+        largest = query * key * abs(self.scale) + bias
+        sums = self.mask.key_length * value.clamp(min=1.0)
+        return (largest < SMALL) & (largest + sums.log() < RANGE)
 
     def step(self, batch: Batch, step: Step, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (R, queries, keys), keys and values (R, keys, D) of a step; the next step overwrites all three.
@@ -193,11 +208,10 @@ def exponentials(scores: Tensor, hidden: bool) -> Tensor:
     return scores.exp_()
 
 
-def _largest_norm(blocks: Tensor) -> Tensor:
-    """The largest Euclidean norm of a finite token, or a little more."""
+def _largest_norms(blocks: Tensor) -> Tensor:
+    """(blocks,): the largest Euclidean norm of a finite token of each, or a little more."""
     tokens = blocks.flatten(0, 1)
     norms = torch.linalg.vector_norm(tokens, dim=-1)
-    largest = norms.max()
-    if not largest.isfinite():
-        largest = norms.masked_fill_(~tokens.isfinite().all(-1), 0.0).max()
-    return largest.clamp(min=LEAST_NORM)
+    if not norms.max().isfinite():
+        norms.masked_fill_(~tokens.isfinite().all(-1), 0.0)
+    return norms.view(blocks.shape[:2]).amax(1).clamp_(min=LEAST_NORM)

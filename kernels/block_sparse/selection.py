@@ -64,8 +64,6 @@ def _by_count(scores: Tensor, count: Tensor) -> Tensor:
     most = min(int(count.max()), scores.shape[-1]) if count.numel() else 0
     if most <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if most == scores.shape[-1] and int(count.min()) >= most:
-        return torch.ones_like(scores, dtype=torch.bool)
     # Only the last of those kept can have equals that are not.
     ranked = scores.topk(most).values
     least = ranked.gather(-1, (count.clamp(1, most) - 1).long()[..., None])

@@ -78,8 +78,7 @@ def test_keys_nobody_sees_do_not_matter(backend, poison, make_case, new_shape):
     key.transpose(1, 2)[unseen] = poison
     value.transpose(1, 2)[unseen] = poison
     after = block_sparse_attention(case.query, key, value, case.mask, backend=backend)
-    # Keys of 10,000 have the CPU backend take the other of its two sums, which rounds differently.
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-6 if backend == "cpu" else 0)
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -91,9 +90,7 @@ def test_a_query_is_not_changed_by_keys_only_others_see(backend, make_case, new_
         key, value = case.key.clone(), case.value.clone()
         key[:, :, unseen] = value[:, :, unseen] = 1e4
         after = block_sparse_attention(case.query, key, value, case.mask, backend=backend)
-        some = slice(row * 16, row * 16 + 16)
-        # See above.
-        torch.testing.assert_close(before[:, :, some], after[:, :, some], rtol=0, atol=1e-6 if backend == "cpu" else 0)
+        assert torch.equal(before[:, :, row * 16 : row * 16 + 16], after[:, :, row * 16 : row * 16 + 16])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

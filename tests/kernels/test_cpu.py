@@ -123,7 +123,7 @@ def definition(request: Request) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """So many key blocks at a time, so that short lists already take several steps; 16 are of several query blocks."""
+    """A step of so few key blocks that short lists take several; one of 16 has more than one query block in it."""
 
     def shrink(mask: BlockMask, blocks: int = 2) -> None:
         monkeypatch.setattr(cpu_plan, "SCORES", blocks * mask.block_size[0] * mask.block_size[1])
@@ -190,7 +190,7 @@ def test_scores_and_values_of_any_size(name, largest, values, small, seed, poiso
     for sign in (1, -1):
         request = replace(given, query=sign * query, value=given.value * values, key_bias=bias)
         tiles = Tiles(request.query, request.key, request.value, request.mask, request.scale, key_bias=bias)
-        assert tiles.scores_are_small() == small
+        assert tiles.small_rows().all() == small
         out, lse, _ = cpu.forward(request)
         expected, expected_lse = definition(request)
         # A score of 10,000 is known to some 1e-3 in float32.
