@@ -260,7 +260,8 @@ def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, 
         stock = walk(model, inputs, name)
         attnproc.install(model, attnproc.DenseAttnProcessor())
         assert torch.equal(walk(model, inputs, name), stock)
-    assert (rounded - exact).abs().max() < 0.25 * exact.abs().max()
+    # Rounded queries may choose another block, which moves a few tokens far: the whole is what must stay close.
+    assert (rounded - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])
