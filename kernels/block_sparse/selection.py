@@ -42,7 +42,7 @@ def largest(
         limit = amount.to(scores.device, dtype)
     else:
         right = isinstance(amount, int if share is None else (int, float)) and not isinstance(amount, bool)
-        limit = torch.full((), min(amount, scores.shape[-1]) if right else 0, dtype=dtype, device=scores.device)
+        limit = torch.full((), max(min(amount, scores.shape[-1]), 0) if right else 0, dtype=dtype, device=scores.device)
     if not right:
         came = str(amount.dtype) if isinstance(amount, Tensor) else repr(amount)
         expected = "integers" if share is None else "floating point numbers"
