@@ -250,12 +250,21 @@ def test_image_to_video_and_other_variants_run_sparse(method, name, methods, tin
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "cog"])  # Hunyuan hands out queries and values of two dtypes
-def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, methods, model, inputs):
+def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, methods, model, inputs, monkeypatch):
     attnproc.install(model, methods.on(method, name))
     exact = walk(model, inputs, name)
+    sparse, dtypes = SiteProcessor._sparse, set()
+
+    def checked(self, query, key, value, layout, site):
+        assert not torch.is_autocast_enabled("cpu")
+        dtypes.update(x.dtype for x in (query, key, value))
+        return sparse(self, query, key, value, layout, site)
+
+    monkeypatch.setattr(SiteProcessor, "_sparse", checked)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = walk(model, inputs, name)
         assert_sparse(model, method)
+        assert dtypes == {torch.bfloat16}
         attnproc.uninstall(model)
         stock = walk(model, inputs, name)
         attnproc.install(model, attnproc.DenseAttnProcessor())
