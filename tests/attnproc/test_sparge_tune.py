@@ -319,13 +319,14 @@ def test_a_missing_file_is_named_at_construction(tmp_path):
     ids=lambda x: None if isinstance(x, str) else str(next(iter(x))),
 )
 def test_a_file_of_something_else_is_refused_with_every_difference(tuned_file, change, named):
-    shape = {name: change.pop(name) for name in ("layout", "heads", "head_dim") if name in change}
-    denoiser = change.pop("denoiser", DENOISER)
-    processor = SpargeAttnProcessor(calibration=tuned_file, **{**USE, **change})
+    settings = dict(change)
+    shape = {name: settings.pop(name) for name in ("layout", "heads", "head_dim") if name in settings}
+    denoiser = settings.pop("denoiser", DENOISER)
+    processor = SpargeAttnProcessor(calibration=tuned_file, **{**USE, **settings})
     call = call_of(tokens_like(0, **shape), layout=shape.get("layout", LAYOUT), denoiser=denoiser)
     with pytest.raises(SettingsError, match=named):
         processor.plan(call)
-    if "layout" in shape or change:
+    if "layout" in shape or settings:
         with pytest.raises(SettingsError, match=named):
             processor.check(call.layout)
 
