@@ -400,15 +400,17 @@ def test_a_vector_added_to_all_keys_changes_nothing(quantization):
     torch.testing.assert_close(moved_lse, lse + shift, rtol=0, atol=5e-3)
 
 
-# 0.038 is what FP8 itself costs here; another order rounds other weights and moves the output by some 0.026.
-@pytest.mark.parametrize("pv, allowed", [(None, 1e-3), ("fp8", 0.038)])
+@pytest.mark.parametrize("pv, allowed", [(None, 1e-3), ("fp8", 0.03)])
 def test_the_order_of_key_blocks_changes_only_rounding(pv, allowed):
     query, key, value = (x.half() for x in make_inputs("gauss", 4))
-    blocks = torch.arange(TOKENS).view(-1, 64)[torch.randperm(TOKENS // 64)].flatten()
     quantization = Quantization(group="block", pv=pv)
     out, _ = simulate(query, key, value, FULL, SCALE, quantization)
-    moved, _ = simulate(query, key[:, :, blocks], value[:, :, blocks], FULL, SCALE, quantization)
-    assert output_errors(moved, out)[0] < allowed
+    errors = []
+    for _ in range(8):  # the mean, as single orders differ by some 0.002 in FP8
+        blocks = torch.arange(TOKENS).view(-1, 64)[torch.randperm(TOKENS // 64)].flatten()
+        moved, _ = simulate(query, key[:, :, blocks], value[:, :, blocks], FULL, SCALE, quantization)
+        errors.append(float(output_errors(moved, out)[0]))
+    assert sum(errors) / len(errors) < allowed
 
 
 @pytest.mark.parametrize("quantization", EVERY_KIND, ids=name)
