@@ -39,14 +39,16 @@ def largest(
     dtype = torch.int64 if share is None else torch.float32
     if isinstance(amount, Tensor):
         right = amount.is_floating_point() if share is not None else amount.dtype in (torch.int32, torch.int64)
-        limit = amount.to(scores.device, dtype)
     else:
         right = isinstance(amount, int if share is None else (int, float)) and not isinstance(amount, bool)
-        limit = torch.full((), max(min(amount, scores.shape[-1]), 0) if right else 0, dtype=dtype, device=scores.device)
     if not right:
         came = str(amount.dtype) if isinstance(amount, Tensor) else repr(amount)
         expected = "integers" if share is None else "floating point numbers"
         raise bad_argument(name, came, expected, "count counts blocks, share is a share from 0 to 1.")
+    if isinstance(amount, Tensor):
+        limit = amount.to(scores.device, dtype)
+    else:
+        limit = torch.full((), max(min(amount, scores.shape[-1]), 0), dtype=dtype, device=scores.device)
     try:
         limit = limit.expand(rows)
     except RuntimeError:

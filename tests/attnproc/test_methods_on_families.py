@@ -251,7 +251,10 @@ def test_image_to_video_and_other_variants_run_sparse(method, name, methods, tin
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "cog"])  # Hunyuan hands out queries and values of two dtypes
 def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, methods, model, inputs, monkeypatch):
-    attnproc.install(model, methods.on(method, name))
+    processor = methods.on(method, name)
+    plan, plans = processor.plan, []
+    processor.plan = lambda call: plans.append(plan(call)) or plans[-1]
+    attnproc.install(model, processor)
     exact = walk(model, inputs, name)
     sparse, dtypes = SiteProcessor._sparse, set()
 
@@ -262,13 +265,18 @@ def test_autocast_rounds_the_inputs_of_attention_and_nothing_else(method, name, 
 
     monkeypatch.setattr(SiteProcessor, "_sparse", checked)
     with torch.autocast("cpu", torch.bfloat16):
+        chosen = len(plans)
         rounded = walk(model, inputs, name)
         assert_sparse(model, method)
-        assert dtypes == {torch.bfloat16}
+        assert dtypes == {torch.bfloat16} and len(plans) == 2 * chosen > 0
+        made = iter(plans[:chosen])
+        processor.plan = lambda call: next(made)
+        same_blocks = walk(model, inputs, name)
         attnproc.uninstall(model)
         stock = walk(model, inputs, name)
         attnproc.install(model, attnproc.DenseAttnProcessor())
         assert torch.equal(walk(model, inputs, name), stock)
+    assert (same_blocks - exact).abs().max() < 0.05 * exact.abs().max()
     # Rounded queries may choose another block, which moves a few tokens far: the whole is what must stay close.
     assert (rounded - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()
 
