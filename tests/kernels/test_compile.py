@@ -42,7 +42,9 @@ def result_and_gradients(call, model, x):
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(tmp_path, monkeypatch):
+    # What lies in the usual folder may have been compiled for other instructions.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
