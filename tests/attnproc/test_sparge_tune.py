@@ -33,13 +33,17 @@ def seed():
 
 
 def tokens_like(seed, layout=LAYOUT, heads=3, head_dim=8, sharpness=2.0):
-    """Tokens that are alike where they are near, so that each attends to its neighbours; in head 0 the most."""
+    """Tokens that are alike where they are near, so that each attends to its neighbours; in head 0 the most.
+
+    The corners of the video are orthogonal, whatever the seed: distant tokens are never alike by chance.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(2, heads, *shape, generator=generator)
 
-    corners = randn(head_dim, 2, 2, 2).flatten(0, 1)
+    corners = head_dim**0.5 * torch.linalg.qr(randn(head_dim, 8)).Q
+    corners = corners.reshape(2 * heads, head_dim, 2, 2, 2)
     smooth = F.interpolate(corners, layout.grid, mode="trilinear", align_corners=True)
     smooth = smooth.view(2, heads, head_dim, -1).transpose(-1, -2)
     smooth = torch.cat([smooth, 0.3 * randn(layout.text_tokens, head_dim)], dim=2)
